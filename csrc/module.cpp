@@ -1,0 +1,32 @@
+// What Python asks about the build; the ops themselves are reached through torch.ops.proxyless_fast.
+#include <pybind11/pybind11.h>
+
+#include "cpu/kernels.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of proxyless_fast; importing it registers torch.ops.proxyless_fast.";
+  m.def("instruction_set", [] { return pf::cpu::kernels().name; }, "The instruction set the CPU kernels run with.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = PF_TORCH_VERSION;
+        info["compiler"] = __VERSION__;
+        pybind11::list sets;
+        sets.append("baseline");
+#ifdef PF_HAVE_AVX2
+        sets.append("avx2");
+#endif
+#ifdef PF_HAVE_AVX512
+        sets.append("avx512");
+#endif
+        info["instruction_sets"] = sets;
+#ifdef PF_HAVE_CUDA
+        info["cuda"] = true;
+#else
+        info["cuda"] = false;
+#endif
+        return info;
+      },
+      "What was built: torch version, compiler, instruction sets, CUDA.");
+}

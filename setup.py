@@ -1,0 +1,62 @@
+"""Builds proxyless_fast._C with CMake and ninja against the torch of the running environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _require(module: str):
+    try:
+        return __import__(module)
+    except ImportError:
+        sys.exit(
+            f"proxyless_fast: the build needs the package {module!r} in this environment; install it and run "
+            "`pip install --no-build-isolation .`"
+        )
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch, pybind11 = _require("torch"), _require("pybind11")
+        from torch.utils import cpp_extension
+
+        compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+        if compiler is None or shutil.which(compiler.split()[0]) is None:
+            sys.exit(
+                f"proxyless_fast: no C++ compiler found ({compiler or 'c++, g++, clang++'}); install one "
+                "(Debian, Ubuntu: `apt-get install g++`) or name it in the environment variable CXX."
+            )
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit("proxyless_fast: cmake not found; `pip install cmake ninja` brings it.")
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        standard = 20 if tuple(int(v) for v in torch.__version__.split(".")[:2]) >= (2, 12) else 17
+        subprocess.run(
+            [
+                cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_CXX_COMPILER={compiler}",
+                f"-DTORCH_INCLUDE_DIRS={';'.join(cpp_extension.include_paths())}",
+                f"-DTORCH_LIBRARY_DIR={cpp_extension.library_paths()[0]}",
+                f"-DTORCH_CXX_STANDARD={standard}",
+                f"-DTORCH_VERSION={torch.__version__}",
+            ],
+            check=True,
+        )  # fmt: skip
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / output.name, output)
+
+
+setup(ext_modules=[Extension("proxyless_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
