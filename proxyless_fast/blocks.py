@@ -1,0 +1,366 @@
+"""The operations networks are made of, under the official names, and `candidate`, which builds one by name."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .shapes import OpShape, conv_output
+
+BN_EPS, BN_MOMENTUM = 1e-3, 0.1  # the official set_bn_param defaults
+
+_ACTIVATIONS = {"relu6": nn.ReLU6, "relu": nn.ReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "identity": nn.Identity}
+
+
+def activation(name: str) -> nn.Module:
+    """The activation module called `name`: relu6, relu, silu, hardswish or identity. Raises ValueError for another."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name](inplace=True) if name != "identity" else nn.Identity()
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _odd(kernel_size: int) -> None:
+    _positive(kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+
+
+def _conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    padding = dilation * (kernel // 2)
+    return nn.Conv2d(cin, cout, kernel, stride, padding, dilation=dilation, groups=groups, bias=False)
+
+
+def _bn(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class MBConv(nn.Module):
+    """Mobile inverted bottleneck: 1x1 expand, depthwise, 1x1 project; BN after each, an activation after the first two.
+
+    in_channels, out_channels: channels of x (B, in, H, W) and of the output (B, out, ceil(H/stride), ceil(W/stride)).
+    kernel_size: odd. stride: of the depthwise convolution. expand_ratio: width of the inner tensors over in_channels;
+    1 leaves the expansion out. State-dict names are the official ones (official search/modules/layers.py,
+    MBInvertedConvLayer); paper section 4.1 has the candidates. Raises ValueError for wrong sizes.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        expand_ratio: int = 6,
+        act: str = "relu6",
+    ):
+        super().__init__()
+        _positive(in_channels=in_channels, out_channels=out_channels, stride=stride, expand_ratio=expand_ratio)
+        _odd(kernel_size)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.expand_ratio, self.act = kernel_size, stride, expand_ratio, act
+        wide = in_channels * expand_ratio
+
+        def group(conv: nn.Conv2d, act: str | None) -> nn.Sequential:
+            parts: list[tuple[str, nn.Module]] = [("conv", conv), ("bn", _bn(conv.out_channels))]
+            if act is not None:
+                parts.append(("act", activation(act)))
+            return nn.Sequential(OrderedDict(parts))
+
+        self.inverted_bottleneck = group(_conv(in_channels, wide, 1), act) if expand_ratio > 1 else None
+        self.depth_conv = group(_conv(wide, wide, kernel_size, stride, groups=wide), act)
+        self.point_linear = group(_conv(wide, out_channels, 1), None)
+
+    @property
+    def name(self) -> str:
+        """The official name, e.g. 5x5_MBConv6."""
+        return f"{self.kernel_size}x{self.kernel_size}_MBConv{self.expand_ratio}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inverted_bottleneck is not None:
+            x = self.inverted_bottleneck(x)
+        return self.point_linear(self.depth_conv(x))
+
+    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+        """Cost at input (height, width, channels); idskip 1 where the block around it adds its input."""
+        h, w, _ = input
+        ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
+        wide = self.in_channels * self.expand_ratio
+        expand = h * w * self.in_channels * wide if self.expand_ratio > 1 else 0
+        macs = expand + ho * wo * wide * (self.kernel_size**2 + self.out_channels)
+        attributes = (
+            ("expand", self.expand_ratio),
+            ("kernel", self.kernel_size),
+            ("stride", self.stride),
+            ("idskip", idskip),
+        )
+        return OpShape("expanded_conv", input, (ho, wo, self.out_channels), attributes, macs, _parameters(self))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels} -> {self.out_channels}, {self.name}, stride {self.stride}"
+
+
+class ConvLayer(nn.Sequential):
+    """Convolution, BN, activation: x (B, in, H, W) to (B, out, ceil(H/stride), ceil(W/stride)).
+
+    State-dict names conv.weight and bn.* as in the official ConvLayer. Raises ValueError for wrong sizes.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, act: str | None = "relu6"
+    ):
+        _positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
+        _odd(kernel_size)
+        parts: list[tuple[str, nn.Module]] = [
+            ("conv", _conv(in_channels, out_channels, kernel_size, stride)),
+            ("bn", _bn(out_channels)),
+        ]
+        if act is not None:
+            parts.append(("act", activation(act)))
+        super().__init__(OrderedDict(parts))
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.act_name = kernel_size, stride, act
+
+    def shape(self, input: tuple[int, int, int], kind: str = "Conv") -> OpShape:
+        """Cost at input (height, width, channels), under the table's name `kind`."""
+        h, w, _ = input
+        ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
+        macs = ho * wo * self.out_channels * self.in_channels * self.kernel_size**2
+        return OpShape(kind, input, (ho, wo, self.out_channels), (), macs, _parameters(self))
+
+
+class LinearLayer(nn.Module):
+    """The classifier: features (B, in) to logits (B, out). State-dict names linear.* as in the official LinearLayer."""
+
+    def __init__(self, in_features: int, out_features: int, dropout: float = 0.0):
+        super().__init__()
+        _positive(in_features=in_features, out_features=out_features)
+        self.in_features, self.out_features, self.dropout_rate = in_features, out_features, dropout
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x if self.dropout is None else self.dropout(x))
+
+    def shape(self, input: tuple[int, int, int]) -> OpShape:
+        """Cost of pooling and classifying at input (height, width, channels): the table's Logits row."""
+        macs = self.in_features * self.out_features
+        return OpShape("Logits", input, (self.out_features,), (), macs, _parameters(self))
+
+
+class _ZeroFunction(torch.autograd.Function):
+    """Zeros that stay connected to x, so that a loss behind them can be differentiated (to zero)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_zeros(shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(()).expand(ctx.shape), None
+
+
+class Zero(nn.Module):
+    """The candidate that outputs zeros: in a residual block, choosing it removes the block (paper section 3.2.1).
+
+    x: (B, C, H, W) to (B, out_channels or C, ceil(H/stride), ceil(W/stride)); with stride 1 any shape, and tuples,
+    lists and dicts of tensors, each to zeros like itself. Further arguments are ignored.
+    """
+
+    name = "Zero"
+
+    def __init__(self, stride: int = 1, out_channels: int | None = None):
+        super().__init__()
+        _positive(stride=stride, **({} if out_channels is None else {"out_channels": out_channels}))
+        self.stride, self.out_channels = stride, out_channels
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(Tensor, self._zeros, x)
+
+    def _zeros(self, x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        if self.stride > 1 or self.out_channels is not None:
+            if x.dim() != 4:
+                raise ValueError(f"x must have shape (batch, channels, height, width), got {shape}")
+            b, c, h, w = shape
+            shape = (b, self.out_channels or c, conv_output(h, self.stride), conv_output(w, self.stride))
+        return _ZeroFunction.apply(x, shape)
+
+    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> None:
+        """Zero costs nothing."""
+        return None
+
+
+class Identity(nn.Module):
+    """The candidate that passes its first argument on (paper section 4.1: a skip connection)."""
+
+    name = "Identity"
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> None:
+        """Identity costs nothing."""
+        return None
+
+
+class Pool(nn.Module):
+    """Average or max pooling, "same"-padded; the average leaves the padding out (official PoolingLayer)."""
+
+    def __init__(self, kind: str, channels: int, kernel_size: int = 3, stride: int = 1):
+        super().__init__()
+        if kind not in ("Avg", "Max"):
+            raise ValueError(f"kind must be 'Avg' or 'Max', got {kind!r}")
+        _positive(channels=channels, stride=stride)
+        _odd(kernel_size)
+        self.kind, self.channels, self.kernel_size, self.stride = kind, channels, kernel_size, stride
+        padding = kernel_size // 2
+        self.pool: nn.Module = (
+            nn.AvgPool2d(kernel_size, stride, padding, count_include_pad=False)
+            if kind == "Avg"
+            else nn.MaxPool2d(kernel_size, stride, padding)
+        )
+
+    @property
+    def name(self) -> str:
+        """E.g. 3x3_AvgPool."""
+        return f"{self.kernel_size}x{self.kernel_size}_{self.kind}Pool"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+        """Cost at input (height, width, channels): no multiply-accumulates, as the official code counts."""
+        h, w, c = input
+        attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
+        output = (conv_output(h, self.stride), conv_output(w, self.stride), c)
+        return OpShape(f"{self.kind.lower()}_pool", input, output, attributes)
+
+
+class DepthConv(nn.Sequential):
+    """Depthwise-separable convolution: depthwise, 1x1, BN, ReLU (official DepthConvLayer; the paper's CIFAR set)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1):
+        _positive(in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation)
+        _odd(kernel_size)
+        super().__init__(
+            OrderedDict(
+                depth_conv=_conv(in_channels, in_channels, kernel_size, stride, groups=in_channels, dilation=dilation),
+                point_conv=_conv(in_channels, out_channels, 1),
+                bn=_bn(out_channels),
+                act=activation("relu"),
+            )
+        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+
+    @property
+    def name(self) -> str:
+        """The official name, e.g. 3x3_DilatedDepthConv."""
+        return f"{self.kernel_size}x{self.kernel_size}_{'Dilated' if self.dilation > 1 else ''}DepthConv"
+
+    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+        """Cost at input (height, width, channels)."""
+        h, w, c = input
+        ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
+        macs = ho * wo * c * (self.kernel_size**2 + self.out_channels)
+        attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
+        if self.dilation > 1:
+            attributes += (("dilation", self.dilation),)
+        return OpShape("depth_conv", input, (ho, wo, self.out_channels), attributes, macs, _parameters(self))
+
+
+class ReluConv(nn.Sequential):
+    """ReLU, convolution, BN: the convolutions of NAS-Bench-201 (Dong and Yang, ICLR 2020, section 2.1)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
+        _positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
+        _odd(kernel_size)
+        # Not in place: the input feeds other edges of the cell too.
+        conv = _conv(in_channels, out_channels, kernel_size, stride)
+        super().__init__(OrderedDict(act=nn.ReLU(), conv=conv, bn=_bn(out_channels)))
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = kernel_size, stride
+
+    @property
+    def name(self) -> str:
+        """E.g. 3x3_Conv."""
+        return f"{self.kernel_size}x{self.kernel_size}_Conv"
+
+    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+        """Cost at input (height, width, channels)."""
+        h, w, c = input
+        ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
+        macs = ho * wo * c * self.out_channels * self.kernel_size**2
+        attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
+        return OpShape("relu_conv", input, (ho, wo, self.out_channels), attributes, macs, _parameters(self))
+
+
+class ResidualBlock(nn.Module):
+    """One operation or a mixed op, with or without a shortcut (official MobileInvertedResidualBlock).
+
+    With a shortcut, a Zero inside makes the block an identity that costs nothing.
+    """
+
+    def __init__(self, mobile_inverted_conv: nn.Module, shortcut: bool):
+        super().__init__()
+        self.mobile_inverted_conv = mobile_inverted_conv
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = self.mobile_inverted_conv
+        if self.shortcut and isinstance(op, Zero):
+            return x
+        return op(x) + x if self.shortcut else op(x)
+
+
+_NAMES = (
+    "{k}x{k}_MBConv{e} (k odd, e at least 1), Zero, Identity, 3x3_AvgPool, 3x3_MaxPool, {k}x{k}_DepthConv, "
+    "3x3_DilatedDepthConv, {k}x{k}_Conv"
+)
+_PATTERN = re.compile(r"(\d+)x(\d+)_(MBConv|AvgPool|MaxPool|DepthConv|DilatedDepthConv|Conv)(\d*)", re.IGNORECASE)
+
+
+def candidate(name: str, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+    """Build a candidate operation by its official name (official search/modules/mix_op.py and layers.py).
+
+    name: "5x5_MBConv6" and the like, "Zero", "Identity", "3x3_AvgPool", "3x3_MaxPool", "3x3_DepthConv" (also 5x5 and
+    7x7), "3x3_DilatedDepthConv" (the paper's CIFAR set), "1x1_Conv", "3x3_Conv" (NAS-Bench-201); case does not matter.
+    Raises ValueError for an unknown name, or sizes that the operation cannot have.
+    """
+    _positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
+    if str(name).lower() == "zero":
+        return Zero(stride, None if in_channels == out_channels else out_channels)
+    if str(name).lower() == "identity":
+        if stride != 1 or in_channels != out_channels:
+            raise ValueError(
+                f"Identity needs stride 1 and equal channels, got stride {stride}, {in_channels} -> {out_channels}"
+            )
+        return Identity()
+    match = _PATTERN.fullmatch(str(name))
+    kind = match[3].lower() if match else ""
+    if match is None or match[1] != match[2] or (kind == "mbconv") != bool(match[4]):
+        raise ValueError(f"candidate {name!r} is unknown; known are {_NAMES}")
+    kernel = int(match[1])
+    if kind == "mbconv":
+        return MBConv(in_channels, out_channels, kernel, stride, int(match[4]))
+    if kind in ("avgpool", "maxpool"):
+        if in_channels != out_channels:
+            raise ValueError(f"{name} keeps the channels, got {in_channels} -> {out_channels}")
+        return Pool(kind[:3].capitalize(), in_channels, kernel, stride)
+    if kind == "conv":
+        return ReluConv(in_channels, out_channels, kernel, stride)
+    return DepthConv(in_channels, out_channels, kernel, stride, dilation=2 if kind.startswith("dilated") else 1)

@@ -1,0 +1,120 @@
+"""All mixed ops of a net at once: sampling, rescaling, sorting parameters, and deriving the final net."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .mixed import MixedOp, Mode
+
+
+def mixed_ops(net: nn.Module) -> dict[str, MixedOp]:
+    """The mixed ops of a net (or of one MixedOp), by label, in the order in which they are registered.
+
+    An op without a label goes by its place in the net. Raises ValueError when two ops have one label.
+    """
+    ops: dict[str, MixedOp] = {}
+    for place, module in net.named_modules():
+        if isinstance(module, MixedOp):
+            label = module.label or place or "mixed"
+            if label in ops:
+                raise ValueError(f"label must be unique among the mixed ops of a net, got {label!r} twice")
+            ops[label] = module
+    return ops
+
+
+def _mixed(net: nn.Module) -> list[MixedOp]:
+    return [module for module in net.modules() if isinstance(module, MixedOp)]
+
+
+def arch_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
+    """The alphas of a net's mixed ops."""
+    return (op.alpha for op in _mixed(net))
+
+
+def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters of a net but the alphas."""
+    alphas = {id(op.alpha) for op in _mixed(net)}
+    return (p for p in net.parameters() if id(p) not in alphas)
+
+
+def padded_alphas(ops: list[MixedOp]) -> Tensor:
+    """(ops, most candidates): the alphas, differentiable, with -inf where an op has fewer candidates."""
+    return nn.utils.rnn.pad_sequence([op.alpha for op in ops], batch_first=True, padding_value=-torch.inf)
+
+
+@torch.no_grad()
+def sample(net: nn.Module, mode: Mode = "path", generator: torch.Generator | None = None) -> dict[str, int]:
+    """Sample and activate a path in every mixed op of a net: label to active index.
+
+    mode: "path" and "full" draw one index ~ Categorical(softmax(alpha)) per op; "two" draws two without replacement and
+    makes one of them active by the pair's own softmax (paper section 3.2.1). generator: a CPU generator; equal seeds
+    give equal paths on every device and rank. The whole net is one vectorised draw and one read by the host.
+    Raises ValueError for another mode, or a net without mixed ops.
+    """
+    if mode not in ("path", "full", "two"):
+        raise ValueError(f"mode must be one of path, full, two, got {mode!r}")
+    labelled = mixed_ops(net)
+    if not labelled:
+        raise ValueError(f"net must hold at least one MixedOp, got {type(net).__name__} with none")
+    ops = list(labelled.values())
+    alphas = padded_alphas(ops).cpu().float()
+    p = torch.softmax(alphas, 1)
+    # The exponential race: argmax p/E is a categorical draw, and the first two finishers are a draw without
+    # replacement. A pruned or padded candidate has p = 0 and never finishes.
+    race = p / torch.empty_like(p).exponential_(generator=generator)
+    if mode != "two":
+        indices = torch.argmax(race, 1).tolist()
+        partners: list[int | None] = [None] * len(ops)
+    else:
+        best = torch.topk(race, min(2, race.shape[1]), dim=1)
+        pair = best.indices if best.indices.shape[1] == 2 else best.indices.expand(-1, 2)
+        finished = torch.gather(p, 1, pair)[:, 1] > 0 if race.shape[1] > 1 else torch.zeros(len(ops), dtype=torch.bool)
+        first = torch.softmax(torch.gather(alphas, 1, pair), 1)[:, 0]
+        swap = finished & (torch.rand(len(ops), generator=generator) >= first)
+        pair = torch.where(swap[:, None], pair.flip(1), pair)
+        indices = pair[:, 0].tolist()
+        partners = [b if ok else None for b, ok in zip(pair[:, 1].tolist(), finished.tolist(), strict=True)]
+    for op, index, partner in zip(ops, indices, partners, strict=True):
+        op._activate(index, mode, partner)
+    return dict(zip(labelled, indices, strict=True))
+
+
+def rescale(net: nn.Module) -> None:
+    """`MixedOp.rescale` on every mixed op: call it after the optimizer step of mode "two"."""
+    for op in _mixed(net):
+        op.rescale()
+
+
+def activate_most_likely(net: nn.Module) -> dict[str, int]:
+    """Activate the most likely path of every mixed op, in mode "path": label to index."""
+    labelled = mixed_ops(net)
+    if not labelled:
+        return {}
+    best = torch.argmax(padded_alphas(list(labelled.values())).detach().cpu(), 1).tolist()
+    for op, index in zip(labelled.values(), best, strict=True):
+        op._activate(index, "path", None)
+    return dict(zip(labelled, best, strict=True))
+
+
+def derive(net: nn.Module, choices: dict[str, int] | None = None) -> nn.Module:
+    """A plain net: every mixed op replaced by its most likely candidate, weights kept (paper section 3.2, end).
+
+    choices: label to index, where another path than the most likely one is wanted. Ties go to the lower index. The
+    supernet is left as it is; the candidates that were not chosen are never copied. Raises KeyError for an unknown
+    label, IndexError for a wrong index.
+    """
+    labelled = mixed_ops(net)
+    unknown = set(choices or {}) - set(labelled)
+    if unknown:
+        raise KeyError(f"choices must name mixed ops of the net, got {', '.join(sorted(unknown))}")
+    memo: dict[int, object] = {}
+    # deepcopy looks up what it has copied already: an op that maps to its chosen candidate is never copied itself.
+    # Inner ops come later in modules() than the ops around them, so they are replaced first.
+    for label, op in reversed(labelled.items()):
+        chosen = op.most_likely if choices is None or label not in choices else op.index(choices[label])
+        memo[id(op)] = copy.deepcopy(op.candidates[chosen], memo)
+    return copy.deepcopy(net, memo)

@@ -1,0 +1,255 @@
+"""MixedOp: N candidates behind binary gates, of which a step runs one (paper section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .blocks import Zero
+from .ops.statistics import dot
+
+Mode = Literal["path", "full", "two", "sum", "softmax"]
+MODES: tuple[Mode, ...] = ("path", "full", "two", "sum", "softmax")
+
+
+class MixedOp(nn.Module):
+    """A mixed operation over candidates, one of which is active (paper eq. 1 to 5).
+
+    candidates: a dict of name to nn.Module, or a sequence (then the names are "0", "1", ...). All must take the same
+    arguments and give outputs of one structure and shape: tensors, or tuples, lists and dicts of them. label: the name
+    of this op in `mixed_ops`, tables and logs; by default its place in the net.
+
+    alpha: nn.Parameter (N,), the architecture parameters, zero at first; a candidate whose alpha is -inf is pruned and
+    is neither sampled nor probed. Modes, set by `activate` or by `proxyless_fast.sample`:
+
+    * "path": the active candidate runs, and nothing else; alpha gets no gradient (a weight step, or evaluation).
+    * "full": the active candidate's output; backward probes the others one at a time, without autograd, and gives
+      alpha the gradient of eq. 4: sum_j dL/dg_j p_j (delta_ij - p_i), with dL/dg_j = <dL/d output, o_j(x)>.
+    * "two": the same over the active candidate and one partner (section 3.2.1, "two paths").
+    * "sum", "softmax": every candidate runs (One-Shot, DARTS): to compare with.
+
+    The output of modes "full" and "two" must not be changed in place: backward reads it; autograd says so if it is.
+    Raises ValueError for wrong candidates.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(self, candidates: Mapping[str, nn.Module] | Sequence[nn.Module], label: str | None = None):
+        super().__init__()
+        items = getattr(candidates, "items", None)
+        named = list(items()) if items is not None else [(str(i), c) for i, c in enumerate(candidates)]
+        if not named:
+            raise ValueError("candidates must hold at least one module, got none")
+        for name, module in named:
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"candidate {name!r} must be an nn.Module, got {type(module).__name__}")
+        self.names = [str(name) for name, _ in named]
+        self.label = label
+        self.candidates = nn.ModuleList(module for _, module in named)
+        self.alpha = nn.Parameter(torch.zeros(len(named)))
+        self.mode: Mode = "path"
+        self.active = 0
+        self.partner: int | None = None
+        self._pair_mass: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, candidate: int | str) -> int:
+        """Index of a candidate given by index or name. Raises KeyError for an unknown name, IndexError for an index."""
+        if isinstance(candidate, str):
+            if candidate not in self.names:
+                raise KeyError(f"candidate {candidate!r} is not one of {', '.join(self.names)}")
+            return self.names.index(candidate)
+        if not 0 <= candidate < len(self):
+            raise IndexError(f"candidate index must be from 0 to {len(self) - 1}, got {candidate}")
+        return int(candidate)
+
+    def probabilities(self) -> Tensor:
+        """p = softmax(alpha), (N,), differentiable."""
+        return torch.softmax(self.alpha, 0)
+
+    def gate_probabilities(self) -> Tensor:
+        """The probabilities of the sampled gates, (N,), differentiable: in mode "two" softmax over the pair, else p."""
+        pair = self._pair() if self.mode == "two" else None
+        if pair is None:
+            return self.probabilities()
+        p = torch.zeros_like(self.alpha)
+        return p.index_put((pair,), torch.softmax(self.alpha[pair], 0))
+
+    @property
+    def most_likely(self) -> int:
+        """Index of the largest alpha; the lower index where several are equal."""
+        return int(torch.argmax(self.alpha.detach().cpu()))
+
+    @torch.no_grad()
+    def activate(
+        self, candidate: int | str | None = None, mode: Mode = "path", partner: int | str | None = None
+    ) -> None:
+        """Choose the active candidate, by index or name, and the mode; `partner` is the other one of mode "two".
+
+        `candidate` may be left out in modes "sum" and "softmax", where all run.
+        Raises ValueError for a wrong mode or partner, KeyError and IndexError for an unknown candidate.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if candidate is None and mode not in ("sum", "softmax"):
+            raise ValueError(f"candidate must be an index or a name in mode {mode!r}, got None")
+        active = self.active if candidate is None else self.index(candidate)
+        other = None if partner is None else self.index(partner)
+        if mode != "two" and other is not None:
+            raise ValueError(f"partner belongs to mode 'two', got {partner!r} in mode {mode!r}")
+        if other == active:
+            raise ValueError(f"partner must differ from the active candidate, got {partner!r} for both")
+        if mode == "two" and other is None and len(self) > 1 and bool((self.alpha > -torch.inf).sum() > 1):
+            raise ValueError("partner must be given in mode 'two', got None")
+        self._activate(active, mode, other)
+
+    def _activate(self, active: int, mode: Mode, partner: int | None) -> None:
+        self.active, self.mode, self.partner = active, mode, partner
+        pair = self._pair() if mode == "two" else None
+        self._pair_mass = None if pair is None else torch.logsumexp(self.alpha.detach()[pair], 0)
+
+    def _pair(self) -> Tensor | None:
+        """(2,): the active index and its partner; None where there is no partner."""
+        if self.partner is None:
+            return None
+        return torch.tensor([self.active, self.partner], device=self.alpha.device)
+
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Shift the pair's alphas so that exp(alpha) of the pair sums to what it was when the pair was sampled.
+
+        Call it after the optimizer step of mode "two": the pair's probability then stays, and the candidates that were
+        not sampled keep theirs (paper section 3.2.1; official rescale_updated_arch_param). Does nothing in other modes.
+        """
+        pair = self._pair() if self.mode == "two" else None
+        if pair is None or self._pair_mass is None:
+            return
+        alphas = self.alpha[pair]
+        self.alpha[pair] = alphas + (self._pair_mass - torch.logsumexp(alphas, 0))
+
+    @torch.no_grad()
+    def prune(self, threshold: float) -> list[str]:
+        """Set alpha to -inf where p < threshold, and return those names; the most likely candidate always stays."""
+        p = self.probabilities().cpu()
+        gone = (p < threshold) & (p > 0)
+        gone[self.most_likely] = False
+        self.alpha[gone.to(self.alpha.device)] = -torch.inf
+        return [name for name, pruned in zip(self.names, gone.tolist(), strict=True) if pruned]
+
+    # The index of the active path is data to a compiled graph around this op, which would otherwise be compiled anew
+    # for every path: the graph breaks here, and the candidates are compiled each for itself.
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mode in ("sum", "softmax"):
+            return self._all_paths(args, kwargs)
+        output = self.candidates[self.active](*args, **kwargs)
+        if self.mode == "path" or not (torch.is_grad_enabled() and self.alpha.requires_grad):
+            return output
+        return _attach_gates(self, args, kwargs, output)
+
+    def _all_paths(self, args: tuple, kwargs: dict) -> Any:
+        weights = self.probabilities() if self.mode == "softmax" else [1] * len(self)
+        live = (self.alpha.detach() > -torch.inf).tolist()
+        total: list[Tensor] | None = None
+        spec = None
+        for module, weight, alive in zip(self.candidates, weights, live, strict=True):
+            if not alive:
+                continue
+            leaves, spec = pytree.tree_flatten(module(*args, **kwargs))
+            scaled = [leaf * weight for leaf in leaves] if self.mode == "softmax" else leaves
+            total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
+        assert total is not None and spec is not None  # one candidate always stays
+        return pytree.tree_unflatten(total, spec)
+
+    def gated(self) -> list[int]:
+        """Indices of the candidates whose gates get a gradient in this step, the active one first."""
+        if self.mode == "two":
+            return [self.active] if self.partner is None else [self.active, self.partner]
+        alive = (self.alpha.detach() > -torch.inf).tolist()
+        return [self.active] + [i for i, live in enumerate(alive) if live and i != self.active]
+
+    def extra_repr(self) -> str:
+        label = f"{self.label}: " if self.label else ""
+        return f"{label}{', '.join(self.names)}; mode {self.mode}, active {self.names[self.active]}"
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _attach_gates(op: MixedOp, args: tuple, kwargs: dict, output: Any) -> Any:
+    """The output, with the gates' backward attached to its floating-point tensors."""
+    leaves, spec = pytree.tree_flatten(output)
+    places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    if not places:
+        raise ValueError(f"candidate {op.names[op.active]!r} must output a floating-point tensor, got none")
+    inputs, input_spec = pytree.tree_flatten((args, kwargs))
+    gated = _Gates.apply(op, inputs, input_spec, op.alpha, *(leaves[i] for i in places))
+    for place, tensor in zip(places, gated, strict=True):
+        leaves[place] = tensor
+    return pytree.tree_unflatten(leaves, spec)
+
+
+class _Gates(torch.autograd.Function):
+    """Identity on the active path's outputs; its backward computes the gates' gradients, and from them alpha's.
+
+    The active path itself stays in ordinary autograd: only the tensors it keeps anyway are held here.
+    """
+
+    @staticmethod
+    def forward(ctx, op: MixedOp, inputs: list, input_spec: Any, alpha: Tensor, *outputs: Tensor):
+        tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+        ctx.op, ctx.input_spec, ctx.outputs = op, input_spec, len(outputs)
+        ctx.gated, ctx.names = op.gated(), op.names
+        device = outputs[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(alpha, *outputs, *tensors)
+        return tuple(y.view_as(y) for y in outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        alpha, *saved = ctx.saved_tensors
+        outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
+        if all(g is None for g in grads) or not ctx.needs_input_grad[3]:
+            return None, None, None, None, *grads
+        inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
+        args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
+        device, dtype, enabled = ctx.autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
+            gates = [_gate(grads, outputs)]
+            gates += [_probe(ctx.op, j, args, kwargs, grads) for j in ctx.gated[1:]]
+        index = torch.tensor(ctx.gated, device=alpha.device)
+        gate = torch.stack([g.to(alpha.device, alpha.dtype) for g in gates])
+        p = torch.softmax(alpha[index], 0)
+        grad_alpha = torch.zeros_like(alpha)
+        grad_alpha[index] = p * (gate - (p * gate).sum())
+        return None, None, None, grad_alpha, *grads
+
+
+def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
+    """dL/dg = <dL/d output, o>, summed over the output's tensors."""
+    return torch.stack([dot(o.detach(), g) for g, o in zip(grads, outputs, strict=True) if g is not None]).sum()
+
+
+def _probe(op: MixedOp, j: int, args: tuple, kwargs: dict, grads: Sequence[Tensor | None]) -> Tensor:
+    """The gate gradient of candidate j, run without autograd and dropped at once."""
+    module: Callable = op.candidates[j]
+    if isinstance(module, Zero):  # <G, 0> = 0 without running it
+        return torch.zeros(())
+    outputs = [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if _is_float(leaf)]
+    shapes = [tuple(o.shape) for o in outputs]
+    wanted = [None if g is None else tuple(g.shape) for g in grads]
+    if len(shapes) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shapes, strict=True)):
+        raise ValueError(
+            f"candidate {op.names[j]!r} must give outputs of the active candidate's shapes {wanted}, got {shapes}"
+        )
+    return _gate(grads, outputs)
