@@ -73,9 +73,17 @@ std::tuple<Tensor, Tensor> gram(const Tensor& input) {
   Tensor cov = at::empty({c, c}, x.options().memory_format(at::MemoryFormat::Contiguous));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "gram", [&] {
     const auto pixels = as_pixels<scalar_t>(x);
-    std::vector<scalar_t> pivot(
-        static_cast<size_t>(c));  // the first pixel: close enough to the mean to save the digits
-    for (int64_t i = 0; i < c; ++i) pivot[static_cast<size_t>(i)] = pixels.data[i * pixels.stride_c];
+    // A pivot near the mean saves the digits that the squares of far values would cost: the mean of a few pixels.
+    std::vector<scalar_t> pivot(static_cast<size_t>(c));
+    const int64_t sampled = std::min<int64_t>(rows, 64), step = rows / sampled;
+    for (int64_t i = 0; i < c; ++i) {
+      double s = 0;
+      for (int64_t k = 0; k < sampled; ++k) {
+        const int64_t row = k * step, n = row / pixels.pixels, p = row % pixels.pixels;
+        s += static_cast<double>(pixels.data[n * pixels.stride_n + p * pixels.stride_p + i * pixels.stride_c]);
+      }
+      pivot[static_cast<size_t>(i)] = static_cast<scalar_t>(s / static_cast<double>(sampled));
+    }
     const auto size = static_cast<size_t>(c + c * c);
     std::vector<double> partial(static_cast<size_t>(chunks) * size, 0.0);
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {

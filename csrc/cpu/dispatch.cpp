@@ -58,7 +58,7 @@ const Kernels& kernels() {
 }
 
 int64_t gram_scratch(int64_t channels) {
-  constexpr int64_t rows = 64, widest_tile = 32;  // 2 vectors of 16 floats
+  constexpr int64_t rows = 32, widest_tile = 32;  // 2 vectors of 16 floats
   return rows * ((channels + widest_tile - 1) / widest_tile * widest_tile) + 4 * widest_tile;
 }
 

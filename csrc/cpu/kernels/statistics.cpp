@@ -10,7 +10,7 @@ namespace {
 // Partial sums in T run over this many elements before they are added up in double: long enough to be free, short
 // enough that the rounding error does not grow with the image.
 constexpr int64_t dot_block = 4096;
-constexpr int64_t gram_rows = 64;
+constexpr int64_t gram_rows = 32;
 
 }  // namespace
 
@@ -58,11 +58,8 @@ void gram(const Pixels<T>& x, const T* pivot, int64_t first, int64_t last, doubl
       }
       for (int64_t i = c; i < ld; ++i) dst[i] = 0;
     }
-    for (int64_t j = 0; j < c; ++j) {
-      T s = 0;
-      for (int64_t r = 0; r < rows; ++r) s += block[r * ld + j];
-      sum[j] += static_cast<double>(s);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < c; ++j) sum[j] += static_cast<double>(block[r * ld + j]);
     for (int64_t j = 0; j < ld; j += 2 * w) {
       const int64_t i_end = j + 2 * w < c ? j + 2 * w : c;  // the upper triangle: i <= j of the tile's last column
       for (int64_t i = 0; i < i_end; i += 4) {

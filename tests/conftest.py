@@ -1,0 +1,30 @@
+"""What every test shares: the golden data beside the checkout, small nets, seeds."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _find_shared() -> Path | None:
+    wanted = os.environ.get("PROXYLESS_SHARED")
+    places = [Path(wanted)] if wanted else [Path(__file__).resolve().parents[1].parent / "shared"]
+    return next((place for place in places if (place / "golden").is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with what the official code computed; it is not part of the repository."""
+    place = _find_shared()
+    if place is None:
+        message = "golden data not found: set PROXYLESS_SHARED, or put the folder shared/ beside the checkout"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
