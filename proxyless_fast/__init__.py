@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (loads libtorch, which the extension links against)
 
-from . import _C, ops, spaces
+from . import _C, ops, spaces  # type: ignore[attr-defined]  # _C is compiled
 from .blocks import Identity, MBConv, Zero, candidate
 from .gates import activate_most_likely, arch_parameters, derive, mixed_ops, rescale, sample, weight_parameters
 from .mixed import MixedOp

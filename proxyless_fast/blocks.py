@@ -93,7 +93,7 @@ class MBConv(nn.Module):
             x = self.inverted_bottleneck(x)
         return self.point_linear(self.depth_conv(x))
 
-    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels); idskip 1 where the block around it adds its input."""
         h, w, _ = input
         ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
@@ -133,7 +133,7 @@ class ConvLayer(nn.Sequential):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.act_name = kernel_size, stride, act
 
-    def shape(self, input: tuple[int, int, int], kind: str = "Conv") -> OpShape:
+    def shape(self, input: tuple[int, ...], kind: str = "Conv") -> OpShape:
         """Cost at input (height, width, channels), under the table's name `kind`."""
         h, w, _ = input
         ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
@@ -154,7 +154,7 @@ class LinearLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x if self.dropout is None else self.dropout(x))
 
-    def shape(self, input: tuple[int, int, int]) -> OpShape:
+    def shape(self, input: tuple[int, ...]) -> OpShape:
         """Cost of pooling and classifying at input (height, width, channels): the table's Logits row."""
         macs = self.in_features * self.out_features
         return OpShape("Logits", input, (self.out_features,), (), macs, _parameters(self))
@@ -199,7 +199,7 @@ class Zero(nn.Module):
             shape = (b, self.out_channels or c, conv_output(h, self.stride), conv_output(w, self.stride))
         return _ZeroFunction.apply(x, shape)
 
-    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> None:
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> None:
         """Zero costs nothing."""
         return None
 
@@ -212,7 +212,7 @@ class Identity(nn.Module):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return x
 
-    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> None:
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> None:
         """Identity costs nothing."""
         return None
 
@@ -242,7 +242,7 @@ class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(x)
 
-    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels): no multiply-accumulates, as the official code counts."""
         h, w, c = input
         attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
@@ -272,12 +272,16 @@ class DepthConv(nn.Sequential):
         """The official name, e.g. 3x3_DilatedDepthConv."""
         return f"{self.kernel_size}x{self.kernel_size}_{'Dilated' if self.dilation > 1 else ''}DepthConv"
 
-    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels)."""
         h, w, c = input
         ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
         macs = ho * wo * c * (self.kernel_size**2 + self.out_channels)
-        attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
+        attributes: tuple[tuple[str, int], ...] = (
+            ("kernel", self.kernel_size),
+            ("stride", self.stride),
+            ("idskip", idskip),
+        )
         if self.dilation > 1:
             attributes += (("dilation", self.dilation),)
         return OpShape("depth_conv", input, (ho, wo, self.out_channels), attributes, macs, _parameters(self))
@@ -300,7 +304,7 @@ class ReluConv(nn.Sequential):
         """E.g. 3x3_Conv."""
         return f"{self.kernel_size}x{self.kernel_size}_Conv"
 
-    def shape(self, input: tuple[int, int, int], idskip: int = 0) -> OpShape:
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels)."""
         h, w, c = input
         ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)

@@ -40,8 +40,10 @@ class MixedOp(nn.Module):
 
     def __init__(self, candidates: Mapping[str, nn.Module] | Sequence[nn.Module], label: str | None = None):
         super().__init__()
-        items = getattr(candidates, "items", None)
-        named = list(items()) if items is not None else [(str(i), c) for i, c in enumerate(candidates)]
+        items = getattr(candidates, "items", None)  # dict and nn.ModuleDict alike
+        named: list[tuple[Any, Any]] = (
+            list(items()) if items is not None else [(str(i), c) for i, c in enumerate(candidates)]
+        )
         if not named:
             raise ValueError("candidates must hold at least one module, got none")
         for name, module in named:
@@ -49,7 +51,7 @@ class MixedOp(nn.Module):
                 raise ValueError(f"candidate {name!r} must be an nn.Module, got {type(module).__name__}")
         self.names = [str(name) for name, _ in named]
         self.label = label
-        self.candidates = nn.ModuleList(module for _, module in named)
+        self.candidates = nn.ModuleList([module for _, module in named])
         self.alpha = nn.Parameter(torch.zeros(len(named)))
         self.mode: Mode = "path"
         self.active = 0

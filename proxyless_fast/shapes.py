@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,10 +73,19 @@ def macs(net: nn.Module) -> int:
     return sum(shape.macs for shape in _active(net))
 
 
-def _active(net: nn.Module) -> Sequence[OpShape]:
-    if not callable(getattr(net, "layers", None)):
+def layers(net: nn.Module) -> list[Layer]:
+    """Every layer of a net of `proxyless_fast.spaces`, or derived from one, with the cost of each of its choices.
+
+    Raises ValueError for a net that cannot tell its layers.
+    """
+    describe: Callable[[], list[Layer]] | None = getattr(net, "layers", None)
+    if describe is None:
         raise ValueError(f"net must be one of proxyless_fast.spaces or derived from one, got {type(net).__name__}")
-    choices = (layer.choices[layer.mixed.active if layer.mixed is not None else 0] for layer in net.layers())
+    return describe()
+
+
+def _active(net: nn.Module) -> Sequence[OpShape]:
+    choices = (layer.choices[layer.mixed.active if layer.mixed is not None else 0] for layer in layers(net))
     return [shape for shape in choices if shape is not None]
 
 

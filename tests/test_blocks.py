@@ -111,9 +111,8 @@ def test_the_paper_s_space():
     net = pf.spaces.mobile()
     ops = pf.mixed_ops(net)
     assert [len(op) for op in ops.values()] == [6, 7, 7, 7] * 5 + [6]
-    assert [op.candidates[0].out_channels for op in ops.values()] == sum(
-        ([w] * n for w, n in zip((24, 40, 80, 96, 192, 320), (4, 4, 4, 4, 4, 1), strict=True)), []
-    )
+    widths = [[24] * 4, [40] * 4, [80] * 4, [96] * 4, [192] * 4, [320]]
+    assert [op.candidates[0].out_channels for op in ops.values()] == [w for stage in widths for w in stage]
     layers = net.layers()
     assert all(isinstance(layer, Layer) for layer in layers)
     assert layers[0].choices[0].key == "Conv-input:224x224x3-output:112x112x32"

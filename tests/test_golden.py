@@ -40,7 +40,7 @@ def close(value, expected, name):
 @pytest.fixture(params=EDGES)
 def golden(request, shared):
     data = load(shared, request.param)
-    used = {k for k in data if k.startswith("candidate") or "/" not in k and not k.startswith("output")}
+    used = {k for k in data if k.startswith("candidate") or ("/" not in k and not k.startswith("output"))}
     yield data, used
     assert used == set(data), f"arrays that no check read: {sorted(set(data) - used)}"
 

@@ -123,7 +123,8 @@ def test_every_instruction_set(isa):
         f"assert pf.instruction_set() == {isa!r}\n"
         "x = torch.randn(3, 37, 9, 8)\n"
         "for x in (x, x.double()):\n"
-        "    for a, b in zip(gram(x), gram_reference(x.double())): torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)\n"
+        "    for a, b in zip(gram(x), gram_reference(x.double())):\n"
+        "        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)\n"
         "    torch.testing.assert_close(gate_dot(x, x).double(), gate_dot_reference(x.double(), x.double()))\n"
     )
     run = subprocess.run(

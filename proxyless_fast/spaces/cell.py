@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..blocks import ConvLayer, LinearLayer, ReluConv, candidate
 from ..mixed import MixedOp
 from ..shapes import Layer, OpShape, conv_output
-from .chain import initialise
+from .chain import choices_of, initialise
 
 OPERATIONS = ("Zero", "Identity", "1x1_Conv", "3x3_Conv", "3x3_AvgPool")
 # The names of NAS-Bench-201 (Dong and Yang, ICLR 2020, section 2.1), for its architecture strings.
@@ -59,7 +59,7 @@ class Reduction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(x) + self.conv_b(self.conv_a(x))
 
-    def shape(self, input: tuple[int, int, int]) -> OpShape:
+    def shape(self, input: tuple[int, ...]) -> OpShape:
         """Cost at input (height, width, channels)."""
         h, w, c = input
         ho, wo = conv_output(h, 2), conv_output(w, 2)
@@ -139,12 +139,9 @@ class CellNet(nn.Module):
         for i, module in enumerate(self.body):
             if isinstance(module, Cell):
                 for (source, node), op in zip(EDGES, module.edges, strict=True):
-                    mixed = op if isinstance(op, MixedOp) else None
-                    modules = tuple(mixed.candidates) if mixed is not None else (op,)
-                    shapes = tuple(m.shape(size) for m in modules)
-                    found.append(Layer(f"cells.{cell}.{source}-{node}", shapes, modules, mixed))
+                    found.append(choices_of(f"cells.{cell}.{source}-{node}", op, size, idskip=0))
                 cell += 1
-            else:
+            elif isinstance(module, Reduction):
                 shape = module.shape(size)
                 found.append(Layer(f"body.{i}", (shape,), (module,)))
                 size = shape.output
@@ -157,7 +154,7 @@ class CellNet(nn.Module):
 
         Raises ValueError for a net that still holds mixed ops.
         """
-        names = []
+        names: list[list[Any]] = []
         for module in self.body:
             if isinstance(module, Cell):
                 if any(isinstance(op, MixedOp) for op in module.edges):

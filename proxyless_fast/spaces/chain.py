@@ -37,7 +37,7 @@ class ChainNet(nn.Module):
     ):
         super().__init__()
         self.first_conv = first_conv
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Any = nn.ModuleList(blocks)
         self.feature_mix_layer = feature_mix_layer
         self.global_avg_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = classifier
@@ -56,11 +56,7 @@ class ChainNet(nn.Module):
         found = [Layer("first_conv", (fixed,), (self.first_conv,))]
         size = fixed.output
         for i, block in enumerate(self.blocks):
-            op = block.mobile_inverted_conv
-            mixed = op if isinstance(op, MixedOp) else None
-            modules = tuple(mixed.candidates) if mixed is not None else (op,)
-            shapes = tuple(module.shape(size, idskip=int(block.shortcut)) for module in modules)
-            layer = Layer(f"blocks.{i}", shapes, modules, mixed)
+            layer = choices_of(f"blocks.{i}", block.mobile_inverted_conv, size, int(block.shortcut))
             found.append(layer)
             size = layer.output or size
         last = self.feature_mix_layer.shape(size, kind="Conv_1")
@@ -76,7 +72,7 @@ class ChainNet(nn.Module):
         size = self.first_conv.shape((self.resolution, self.resolution, self.in_channels)).output[-1]
         blocks = []
         for i, block in enumerate(self.blocks):
-            op = block.mobile_inverted_conv
+            op: Any = block.mobile_inverted_conv
             if isinstance(op, MixedOp):
                 raise ValueError(f"net must be derived before it is described; blocks.{i} is still a mixed op")
             out = size if isinstance(op, Zero) else getattr(op, "out_channels", size)
@@ -102,6 +98,13 @@ class ChainNet(nn.Module):
                 "dropout": self.classifier.dropout_rate,
             },
         }
+
+
+def choices_of(name: str, op: nn.Module, size: tuple[int, ...], idskip: int) -> Layer:
+    """The layer of one operation, or of the candidates of a mixed op, at input (height, width, channels)."""
+    mixed = op if isinstance(op, MixedOp) else None
+    modules: tuple[Any, ...] = (op,) if mixed is None else tuple(mixed.candidates)
+    return Layer(name, tuple(module.shape(size, idskip=idskip) for module in modules), modules, mixed)
 
 
 def _conv_config(layer: ConvLayer) -> dict[str, Any]:
