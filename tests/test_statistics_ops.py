@@ -113,7 +113,7 @@ def test_opcheck(dtype):
 
 
 @pytest.mark.parametrize("isa", pf.build_info()["instruction_sets"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, tmp_path):
     flags = {"avx2": "avx2", "avx512": "avx512f"}
     if isa in flags and flags[isa] not in _cpu_flags():
         pytest.skip(f"this processor has no {isa}")
@@ -127,10 +127,14 @@ def test_every_instruction_set(isa):
         "        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)\n"
         "    torch.testing.assert_close(gate_dot(x, x).double(), gate_dot_reference(x.double(), x.double()))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PROXYLESS_FAST_ISA": isa}, capture_output=True, text=True
-    )
+    run = run_with(isa, code, tmp_path)
     assert run.returncode == 0, run.stderr
+
+
+def run_with(isa, code, folder):
+    """Run code in a fresh interpreter, away from the checkout: an installed package must not be shadowed by it."""
+    environment = {**os.environ, "PROXYLESS_FAST_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
 
 
 def _cpu_flags():
@@ -141,11 +145,9 @@ def _cpu_flags():
         return []
 
 
-def test_unknown_instruction_set_is_refused():
+def test_unknown_instruction_set_is_refused(tmp_path):
     code = "import torch, proxyless_fast as pf\npf.instruction_set()"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PROXYLESS_FAST_ISA": "mmx"}, capture_output=True, text=True
-    )
+    run = run_with("mmx", code, tmp_path)
     assert run.returncode != 0 and "PROXYLESS_FAST_ISA is 'mmx'" in run.stderr
 
 
