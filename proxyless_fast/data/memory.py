@@ -1,0 +1,103 @@
+"""Small images held in memory: batches are cut, shifted, flipped and normalised by a few tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .seeds import generator_of
+
+
+class MemoryLoader:
+    """Batches of (images, labels) from uint8 images in memory: float32 (B, C, H, W), channels_last, and int64 (B,).
+
+    The order and the augmentation are pure functions of (seed, epoch): iterate twice without `set_epoch` and the same
+    batches come again. `shift` > 0 moves each image by up to that many pixels, with zeros moving in, and flips half of
+    them left to right; `shuffle=False` keeps the order given.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        seed: int = 0,
+        shuffle: bool = False,
+        shift: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.seed, self.shuffle, self.shift, self.drop_last = seed, shuffle, shift, drop_last
+        self.epoch = 0
+        # (x / 255 - mean) / std as one multiply and one add
+        self._scale = (1 / (255 * std)).view(1, -1, 1, 1)
+        self._offset = (-mean / std).view(1, -1, 1, 1)
+
+    @property
+    def size(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full + bool(rest and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration follows."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = generator_of(self.seed, self.epoch)
+        count = len(self.labels)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        for index in order.split(self.batch_size)[: len(self)]:
+            images = self.images[index]
+            if self.shift:
+                images = augment(images, self.shift, generator)
+            images = torch.addcmul(self._offset, images.float(), self._scale)
+            yield images.contiguous(memory_format=torch.channels_last), self.labels[index]
+
+
+def augment(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Move each image (B, C, H, W) by up to `shift` pixels each way, zeros moving in, and mirror half of them."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [shift] * 4)
+    moves = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    rows = torch.arange(height) + moves[0]
+    columns = torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(0), columns) + moves[1]
+    image = torch.arange(count)[:, None, None]
+    # the indexed dimensions come first, so the result is (B, H, W, C) in memory: channels_last for free
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, in units of 0 to 1, of uint8 images (N, C, H, W), from histograms."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        weights = torch.bincount(channel.reshape(-1), minlength=256).double()
+        weights /= weights.sum()
+        mean = (weights * levels).sum()
+        means.append(mean)
+        deviations.append((weights * (levels - mean) ** 2).sum().sqrt())
+    return torch.stack(means).float(), torch.stack(deviations).float().clamp_min(1e-6)
+
+
+def resize(images: Tensor, resolution: int) -> Tensor:
+    """uint8 images (N, C, H, W) resized to resolution × resolution, bilinear with antialiasing, in chunks."""
+    if images.shape[-2:] == (resolution, resolution):
+        return images
+    chunks = (
+        F.interpolate(chunk.float(), (resolution, resolution), mode="bilinear", antialias=True).round().to(torch.uint8)
+        for chunk in images.split(4096)
+    )
+    return torch.cat(list(chunks))

@@ -1,0 +1,20 @@
+"""Formats other programs read: official configs and checkpoints, JSON, safetensors, ONNX, timm."""
+
+from .architecture_json import architecture, from_architecture, load_architecture, save_architecture
+from .official_format import from_official, official
+from .onnx_file import onnx
+from .timm_model import timm
+from .weights import load_weights, save_weights
+
+__all__ = [
+    "architecture",
+    "from_architecture",
+    "from_official",
+    "load_architecture",
+    "load_weights",
+    "official",
+    "onnx",
+    "save_architecture",
+    "save_weights",
+    "timm",
+]

@@ -1,0 +1,60 @@
+"""A derived net's architecture as JSON: enough to build the net again, and what a reader wants to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..shapes import macs, parameters
+from ..spaces import from_config
+from . import documents
+from .batchnorm import get_bn, set_bn
+
+FORMAT = "proxyless_fast.architecture"
+
+
+def architecture(net: nn.Module) -> dict[str, Any]:
+    """A JSON-ready description of a derived net of `proxyless_fast.spaces`, with its parameters and MACs.
+
+    Raises ValueError for another net, or one that still holds mixed ops.
+    """
+    describe = getattr(net, "config", None)
+    if not callable(describe):
+        raise ValueError(f"net must be derived from one of proxyless_fast.spaces, got {type(net).__name__}")
+    return {
+        "format": FORMAT,
+        "net": describe(),
+        "bn": get_bn(net),
+        "parameters": parameters(net),
+        "macs": macs(net),
+    }
+
+
+def from_architecture(document: Mapping[str, Any]) -> nn.Module:
+    """The net that `architecture` described, with fresh weights; ValueError when the document is not one."""
+    if document.get("format") != FORMAT:
+        raise ValueError(f"architecture must have format {FORMAT!r}, got {document.get('format')!r}")
+    try:
+        net = from_config(document["net"])
+        if document.get("bn"):
+            set_bn(net, document["bn"]["momentum"], document["bn"]["eps"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"architecture is incomplete or damaged: {type(error).__name__} at {error}") from error
+    return net
+
+
+def save_architecture(net: nn.Module, path: str | Path) -> None:
+    """Write `architecture(net)` as JSON; the file appears only when it is complete."""
+    documents.write(architecture(net), path)
+
+
+def load_architecture(path: str | Path) -> nn.Module:
+    """The net, with fresh weights, of an architecture file; FileNotFoundError or ValueError naming the file."""
+    document = documents.read(path, "architecture file")
+    try:
+        return from_architecture(document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,216 @@
+"""Measure this machine: every distinct block of a space, and some whole paths, through ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from ..blocks import LinearLayer, ResidualBlock, Zero
+from ..export.graph import build, input_shape_of
+from ..gates import derive, mixed_ops
+from ..shapes import Layer, OpShape
+from .layers import layers_of
+from .table import LatencyTable
+
+BURST_MS = 2.0  # a session runs for at least this long per round, so that the clock's own cost does not count
+PATHS = 12  # whole paths measured beside the blocks
+FRAME_CHANNELS = 8  # input channels of the convolution before a block
+
+Progress = Callable[[int, int], None]
+
+
+def profile(
+    net: nn.Module,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    repeats: int = 30,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure each distinct operation of `net` on this machine's CPU: batch 1, float32, `threads` threads.
+
+    net: a supernet, or a net derived from one. A block alone pays for a call and for bringing its input and output into
+    the runtime's own memory layout, which inside a net it does not; so each is measured between a small convolution
+    and a pooling, and their time without it is taken off. All graphs run in turn, in a new order in each of `repeats`
+    rounds, so that a slow phase of the machine meets all alike; the figure is the median over the rounds. Whole paths
+    measured in the same rounds set right what the blocks of a net take together. The header has `overhead` (ms, a
+    call's own cost), `scale` (what the blocks' times were multiplied by) and `path_error` (the largest relative error
+    of those paths, predicted against measured). progress: called with (rounds done, rounds in all). Raises ValueError
+    for wrong arguments.
+    """
+    if runtime != "onnxruntime":
+        raise ValueError(f"runtime must be 'onnxruntime', got {runtime!r}")
+    _check(threads=threads, repeats=repeats)
+    blocks = _distinct(layers_of(net))
+    channels_first = input_shape_of(net)
+    image = (*channels_first[1:], channels_first[0])
+    frames = {shape.input: _frame(shape.input, image) for shape, _ in blocks.values()}
+    paths = _paths(net)
+
+    models = {"empty": build(nn.Sequential(nn.Identity()), (1, 1, 1))}
+    models |= {f"frame {size}": _model(frame, size, image) for size, frame in frames.items()}
+    models |= {key: _model([*frames[shape.input], op], shape.input, image) for key, (shape, op) in blocks.items()}
+    models |= {f"path {i}": build(derive(net, path), channels_first) for i, path in enumerate(paths)}
+    ms = dict(zip(models, _rounds([Session(m, threads) for m in models.values()], repeats, progress).T, strict=True))
+
+    call = float(np.median(ms["empty"]))
+    bare = {size: np.median(ms[f"frame {size}"]) if frame else call for size, frame in frames.items()}
+    samples = {key: np.maximum(ms[key] - bare[shape.input], 0) for key, (shape, _) in blocks.items()}
+    sums = np.array([sum(np.median(samples[key]) for key in _keys(net, path)) for path in paths])
+    whole = np.array([np.median(ms[f"path {i}"]) for i in range(len(paths))])
+    scale = float(np.median((whole - call) / sums))
+    error = float(np.abs((call + scale * sums) / whole - 1).max())
+
+    table = LatencyTable(_header(threads))
+    table.header.update(overhead=call, scale=scale, path_error=error, paths=len(paths))
+    for key, figures in samples.items():
+        figures = scale * figures
+        table.add(key, float(figures.mean()), repeats, float(figures.var()), float(np.median(figures)))
+    return table
+
+
+def measure(
+    net: nn.Module | str | Path, threads: int = 1, repeats: int = 30, input_shape: Sequence[int] | None = None
+) -> float:
+    """Milliseconds of one image through a whole net in ONNX Runtime on this CPU: the median over rounds.
+
+    net: a plain net, or the path of an ONNX file with one float32 input. input_shape: (C, H, W); by default the net's
+    own in_channels and resolution, or what the file says. Raises ValueError for wrong arguments and FileNotFoundError.
+    """
+    _check(threads=threads, repeats=repeats)
+    if isinstance(net, nn.Module):
+        if mixed_ops(net):
+            raise ValueError("net must be derived before it is measured: it still holds mixed ops")
+        model = build(net, input_shape_of(net, input_shape))
+    else:
+        if not Path(net).is_file():
+            raise FileNotFoundError(f"no ONNX file at {net}")
+        model = onnx.load(str(net))
+    return float(np.median(_rounds([Session(model, threads, input_shape)], repeats, None)))
+
+
+class Session:
+    """One ONNX model ready to run on the CPU, with a fixed random input of batch 1."""
+
+    def __init__(self, model: onnx.ModelProto, threads: int, input_shape: Sequence[int] | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        declared = self._session.get_inputs()[0]
+        sizes = [1, *(input_shape or declared.shape[1:])]
+        if not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"input_shape must be given for an ONNX model with input {declared.shape}")
+        array = np.random.default_rng(0).standard_normal(sizes).astype(np.float32)
+        self._feed = {declared.name: array}
+
+    def run(self) -> list[np.ndarray]:
+        return self._session.run(None, self._feed)
+
+
+def _rounds(sessions: Sequence[Session], repeats: int, progress: Progress | None) -> np.ndarray:
+    """Milliseconds (repeats, sessions): in each round every session once, in random order, for at least a burst."""
+    bursts = [max(3, round(BURST_MS / max(_time(s, 1, warm=3), 1e-4))) for s in sessions]
+    order = random.Random(0)
+    ms = np.empty((repeats, len(sessions)))
+    for r in range(repeats):
+        for i in order.sample(range(len(sessions)), len(sessions)):
+            ms[r, i] = _time(sessions[i], bursts[i], warm=1)
+        if progress is not None:
+            progress(r + 1, repeats)
+    return ms
+
+
+def _time(session: Session, count: int, warm: int) -> float:
+    """Milliseconds a call, over `count` calls after `warm` that do not count."""
+    for _ in range(warm):
+        session.run()
+    start = time.perf_counter()
+    for _ in range(count):
+        session.run()
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def _distinct(layers: Sequence[Layer]) -> dict[str, tuple[OpShape, nn.Module]]:
+    """The operations to measure, by key, each as a net runs it: with the addition where it has a shortcut."""
+    found: dict[str, tuple[OpShape, nn.Module]] = {}
+    for layer in layers:
+        for shape, module in zip(layer.choices, layer.modules, strict=True):
+            if shape is not None and shape.key not in found:
+                added = bool(dict(shape.attributes).get("idskip"))
+                found[shape.key] = shape, ResidualBlock(module, shortcut=True) if added else module
+    return found
+
+
+def _frame(size: tuple[int, ...], image: tuple[int, ...]) -> list[nn.Module]:
+    """What stands before a block when it is measured: nothing before the first layer, else a small convolution."""
+    return [] if size == image else [nn.Conv2d(FRAME_CHANNELS, size[2], 1)]
+
+
+def _model(modules: list[nn.Module], size: tuple[int, ...], image: tuple[int, ...]) -> onnx.ModelProto:
+    """A framed block: `modules` in order, then global pooling (for the classifier, before it)."""
+    last = len(modules) - isinstance(modules[-1] if modules else None, LinearLayer)
+    pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    channels = size[2] if size == image else FRAME_CHANNELS
+    return build(nn.Sequential(*modules[:last], *pooling, *modules[last:]), (channels, *size[:2]))
+
+
+def _paths(net: nn.Module) -> list[dict[str, int]]:
+    """Random paths of the net, label to index; for a net without mixed ops, itself."""
+    ops = mixed_ops(net)
+    if not ops:
+        return [{}]
+    draw = random.Random(0)
+    # no Zero: in a cell it cuts off operations before and behind it, whose times then do not count
+    open_ = {label: [i for i, c in enumerate(op.candidates) if not isinstance(c, Zero)] for label, op in ops.items()}
+    return [{label: draw.choice(indices) for label, indices in open_.items()} for _ in range(PATHS)]
+
+
+def _keys(net: nn.Module, choices: dict[str, int]) -> list[str]:
+    labels = {id(op): label for label, op in mixed_ops(net).items()}
+    shapes = (layer.choices[0 if layer.mixed is None else choices[labels[id(layer.mixed)]]] for layer in layers_of(net))
+    return [shape.key for shape in shapes if shape is not None]
+
+
+def _header(threads: int) -> dict[str, Any]:
+    import onnxruntime
+
+    return {
+        "device": _processor(),
+        "runtime": "onnxruntime",
+        "threads": threads,
+        "dtype": "float32",
+        "batch": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "torch": str(torch.__version__),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _check(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
