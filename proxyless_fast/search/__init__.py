@@ -1,0 +1,21 @@
+"""Search, train and evaluate."""
+
+from .choose import choose_path, most_probable_path
+from .config import SearchConfig
+from .diagnose import NonFiniteLoss
+from .loop import Search
+from .objective import objective
+from .train import Accuracy, TrainConfig, evaluate, train
+
+__all__ = [
+    "Accuracy",
+    "NonFiniteLoss",
+    "Search",
+    "SearchConfig",
+    "TrainConfig",
+    "choose_path",
+    "evaluate",
+    "most_probable_path",
+    "objective",
+    "train",
+]

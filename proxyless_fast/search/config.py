@@ -1,0 +1,109 @@
+"""What a user of the search tunes, checked when it is built."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MODES = ("full", "two", "reinforce")
+OBJECTIVES = ("mul_log", "add_linear")
+
+_AT_LEAST = {
+    "epochs": 0, "warmup_epochs": 0, "arch_every": 1, "samples": 1, "seed": 0, "log_every": 1,
+}  # fmt: skip
+_POSITIVE = ("lr", "arch_lr", "alpha", "beta")
+_NOT_NEGATIVE = ("weight_decay", "arch_weight_decay", "weight", "reward_exponent")
+_FRACTION = ("momentum", "label_smoothing", "baseline_momentum")
+
+
+def check(config: Any, field: str, ok: bool, expected: str) -> None:
+    """Raises ValueError: one sentence of field, value and what was expected."""
+    if not ok:
+        raise ValueError(f"{type(config).__name__}.{field}: got {getattr(config, field)!r}, expected {expected}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_numbers(
+    config: Any,
+    at_least: dict[str, int],
+    positive: tuple[str, ...],
+    not_negative: tuple[str, ...],
+    fraction: tuple[str, ...],
+) -> None:
+    for field, least in at_least.items():
+        check(config, field, is_count(getattr(config, field), least), f"an integer of at least {least}")
+    for field in positive:
+        check(config, field, is_number(value := getattr(config, field)) and value > 0, "a number above 0")
+    for field in not_negative:
+        check(config, field, is_number(value := getattr(config, field)) and value >= 0, "a number of at least 0")
+    for field in fraction:
+        check(config, field, is_number(value := getattr(config, field)) and 0 <= value < 1, "a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Settings of a search; the defaults are the official ImageNet ones (batches of 256).
+
+    Raises ValueError on construction, with one sentence that names the field, its value and what was expected.
+
+    epochs: passes over the training split with arch steps. warmup_epochs: passes before them that move weights only.
+    lr, momentum, weight_decay, label_smoothing: SGD with Nesterov momentum, cosine from lr to 0 over all epochs;
+        vectors (batch norms and biases) are not decayed.
+    arch_every: one arch step every so many weight steps.
+    arch_lr, arch_weight_decay: Adam with betas (0, 0.999) for alphas.
+    mode: "full" (paper eq. 4), "two" (paper section 3.2.1: two sampled paths), "reinforce" (paper eq. 5).
+    target: latency in ms that the objective refers to; needed when there is a latency table.
+    objective: "mul_log": alpha · CE · (log E[lat] / log target)^beta;
+        "add_linear": CE + weight · (E[lat] − target) / target.
+    samples, baseline_momentum, reward_exponent: of "reinforce": paths per arch step, memory of the moving-average
+        baseline, and w of the reward accuracy · (target / lat)^w.
+    prune_below: after each epoch, candidates less probable than this are dropped for good; None keeps all.
+    seed: of the sampled paths; with the step number it decides every draw.
+    log_every: weight steps between writes of the log (values are fetched from the device only then).
+    """
+
+    epochs: int = 120
+    warmup_epochs: int = 40
+    lr: float = 0.025
+    momentum: float = 0.9
+    weight_decay: float = 4e-5
+    label_smoothing: float = 0.1
+    arch_every: int = 5
+    arch_lr: float = 1e-3
+    arch_weight_decay: float = 0.0
+    mode: str = "full"
+    target: float | None = None
+    objective: str = "mul_log"
+    alpha: float = 0.2
+    beta: float = 0.3
+    weight: float = 0.1
+    samples: int = 10
+    baseline_momentum: float = 0.99
+    reward_exponent: float = 0.1
+    prune_below: float | None = None
+    seed: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        check_numbers(self, _AT_LEAST, _POSITIVE, _NOT_NEGATIVE, _FRACTION)
+        check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
+        check(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        if self.target is not None:
+            check(self, "target", is_number(self.target) and self.target > 0, "a latency above 0 ms or None")
+            mul_log = self.objective == "mul_log" and self.mode != "reinforce"
+            expected = "above 1 ms with objective 'mul_log', whose logarithm changes sign there (use 'add_linear')"
+            check(self, "target", not mul_log or self.target > 1, expected)
+        if self.prune_below is not None:
+            expected = "a probability in (0, 0.5] or None"
+            check(self, "prune_below", is_number(self.prune_below) and 0 < self.prune_below <= 0.5, expected)
+            expected = "0 together with prune_below, since a pruned alpha is minus infinity"
+            check(self, "arch_weight_decay", self.arch_weight_decay == 0, expected)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

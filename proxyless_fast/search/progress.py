@@ -1,0 +1,29 @@
+"""One progress line with the time left."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+
+
+def progress_bar(description: str, total: int, completed: int = 0) -> tuple[Progress, Any]:
+    """A rich progress context and its one task, with a free text field `note`."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+    return progress, progress.add_task(description, total=total, completed=completed, note="")
+
+
+def summary(values: dict[str, float]) -> str:
+    """Names and values in their shortest useful form."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
