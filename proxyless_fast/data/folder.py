@@ -114,6 +114,7 @@ class FolderLoader:
             num_workers=workers,
             drop_last=drop_last,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
             pin_memory=torch.cuda.is_available(),
         )
 
