@@ -1,0 +1,249 @@
+"""The stages, from profile to export; each is a subcommand."""
+
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import data
+from .. import export as exports
+from ..export.weights import load_state
+from ..gates import derive as derive_net
+from ..gates import mixed_ops
+from ..latency import ExpectedLatency, LatencyTable, measure
+from ..latency import profile as profile_net
+from ..report import describe_blocks
+from ..search import Search, SearchConfig, TrainConfig, evaluate, most_probable_path
+from ..search import train as train_net
+from ..search.checkpoint import load
+from ..search.progress import console, progress_bar
+from ..shapes import macs, parameters
+from . import defaults, space
+from .parser import config_of
+from .run import Run
+
+SPACE_OPTIONS = ("num_classes", "in_channels", "resolution", "width", "candidates")
+
+
+def profile(run: Run, args: Namespace, net: nn.Module | None = None) -> None:
+    """Measures this machine and writes latency.yaml."""
+    with run.timed("profile") as figures:
+        name, given = args.space or "small", _given(args, SPACE_OPTIONS)
+        alone = net is None
+        net = space.build(name, given) if net is None else net
+        progress, task = progress_bar("profile", args.repeats)
+        with progress:
+            table = profile_net(
+                net,
+                threads=1 if args.threads is None else args.threads,
+                repeats=args.repeats,
+                progress=lambda done, rounds: progress.update(task, completed=done, total=rounds),
+            )
+        table.save(run.latency)
+        if alone:
+            run.record("space", space.settings_of(name, given, net))
+        latency = ExpectedLatency(net, table)
+        figures |= {"fastest": latency.fastest, "slowest": latency.slowest, **table.header, "files": [run.latency.name]}
+    console.print(
+        f"profile: {len(table)} blocks; fastest path {latency.fastest:.4g} ms, slowest {latency.slowest:.4g} ms; whole "
+        f"paths were predicted within {table.header['path_error']:.1%}"
+    )
+
+
+def search(run: Run, args: Namespace) -> None:
+    """Searches, from the start or from checkpoint.pt; with args.all, profiles before."""
+    if args.resume:
+        run.need(run.checkpoint, "search")
+        settings, data_settings = dict(run.stage("space")), run.stage("data")
+        splits, _ = _load_splits(run, args, settings["name"], settings["resolution"], data_settings)
+    else:
+        stored = {} if args.all else dict(run.report().get("space", {}))
+        settings = stored | _given(args, SPACE_OPTIONS) | ({"name": args.space} if args.space else {})
+        settings.setdefault("name", "small")
+        if settings["name"] not in space.SPACES:
+            space.build(settings["name"], {})
+        splits, data_settings = _load_splits(run, args, settings["name"], settings.get("resolution"), {})
+        for key in ("num_classes", "in_channels", "resolution"):
+            settings.setdefault(key, getattr(splits, key))
+    name = settings.pop("name")
+    for key in ("num_classes", "in_channels"):
+        if settings[key] != getattr(splits, key):
+            option = f"--{key.replace('_', '-')}"
+            raise ValueError(
+                f"{option}: got {settings[key]}, expected {getattr(splits, key)} as in {data_settings['name']}"
+            )
+    if splits.valid is None:
+        raise ValueError("--valid-fraction: got 0, expected part of the training images for the arch steps")
+    config_of(SearchConfig, args, name)  # wrong values should be told before anything takes time
+    config_of(TrainConfig, args, name, prefix="train_")
+    torch.manual_seed(data_settings["seed"])
+    net = _prepare(space.build(name, settings), args)
+    if args.all and not (args.table or args.no_latency or args.resume):
+        profile(run, args, net)
+
+    with run.timed("search") as figures:
+        without = run.stage("search")["target"] is None if args.resume else args.no_latency
+        latency = None if without else ExpectedLatency(net, _table(run, args.table))
+        if args.resume:
+            figures |= run.stage("search")
+            found = Search.resume(run.folder, net, splits.train, splits.valid, latency)
+        else:
+            target, source = _target(args.target, latency)
+            config = config_of(SearchConfig, args, name, target=target, seed=data_settings["seed"])
+            figures |= {"target": target, "target_source": source, **config.to_dict()}
+            found = Search(net, splits.train, splits.valid, config, latency, run.folder)
+            # What --resume and later stages need to know must be there if the search is interrupted.
+            run.record("space", space.settings_of(name, settings, net))
+            run.record("data", data_settings)
+            run.record("search", {**figures, "seconds": 0.0})
+        if latency is not None:
+            console.print(f"search: target {figures['target']:.4g} ms, {figures['target_source']}")
+        found.fit()
+        figures["files"] = ["search.jsonl", "tensorboard/", run.checkpoint.name]
+
+
+def derive(run: Run, args: Namespace) -> None:
+    """Keeps the most probable path that meets the target."""
+    with run.timed("derive") as figures:
+        settings = dict(run.stage("space"))
+        searched = run.stage("search")
+        state = load(run.folder)
+        net = space.build(settings.pop("name"), settings)
+        load_state(net, state["net"], str(run.checkpoint))
+        explicit = args.target if args.command == "derive" else None
+        target = searched["target"] if explicit is None else explicit
+        latency = None
+        if target is not None:
+            table = LatencyTable.load(run.need(run.latency, "profile"))
+            latency = ExpectedLatency(net, table)
+        choices, figures["note"] = _choose(net, latency, target)
+        figures["target"] = target
+        figures["predicted"] = None if latency is None else latency.of_choices(choices)
+        figures["blocks"] = describe_blocks(net, choices)
+        net = derive_net(net, choices)
+        figures |= {"parameters": parameters(net), "macs": macs(net)}
+        exports.save_architecture(net, run.architecture)
+        exports.save_weights(net, run.weights)
+        figures["files"] = [run.architecture.name, run.weights.name]
+    console.print(f"derive: {figures['note']}")
+
+
+def train(run: Run, args: Namespace) -> None:
+    """Trains the derived net on all training images, from inherited weights or from scratch."""
+    with run.timed("train") as figures:
+        name = run.stage("space")["name"]
+        splits, data_settings = _load_splits(run, args, name, _resolution(run), run.stage("data"), valid_fraction=0.0)
+        scratch = getattr(args, "from_scratch", False)
+        config = config_of(TrainConfig, args, name, prefix="train_" if args.command == "search" else "")
+        torch.manual_seed(data_settings["seed"])
+        net = _prepare(_load_derived(run, weights=not scratch), args)
+        train_net(net, splits.train, config, log=run.folder / "train.jsonl")
+        exports.save_weights(net, run.weights)
+        figures |= {**config.to_dict(), "from_scratch": scratch, "files": [run.weights.name, "train.jsonl"]}
+
+
+def eval(run: Run, args: Namespace) -> None:
+    """Top-1 and top-5 on the test images."""
+    with run.timed("eval") as figures:
+        settings = run.report().get("data", {})
+        name = run.report().get("space", {}).get("name", "small")
+        splits, data_settings = _load_splits(run, args, name, _resolution(run), settings, valid_fraction=0.0)
+        accuracy = evaluate(_prepare(_load_derived(run), args), splits.test)
+        figures |= {**asdict(accuracy), "data": data_settings["name"]}
+    console.print(f"eval: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images:,} test images")
+
+
+def export(run: Run, args: Namespace) -> None:
+    """Writes net.onnx, compares it with torch, and measures it."""
+    with run.timed("export") as figures:
+        net = _load_derived(run)
+        figures["difference"] = exports.onnx(net, run.onnx)
+        profiled = run.report().get("profile", {}).get("threads", 1)
+        threads = profiled if args.threads is None else args.threads
+        figures |= {"measured": measure(run.onnx, threads=threads, repeats=args.repeats), "threads": threads}
+        figures["files"] = [run.onnx.name]
+    console.print(f"export: {run.onnx}, {figures['measured']:.4g} ms in ONNX Runtime")
+
+
+def _given(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _load_splits(
+    run: Run, args: Namespace, space_name: str, resolution: int | None, stored: dict[str, Any], **fixed: Any
+) -> tuple[data.Splits, dict[str, Any]]:
+    """Loaders, and the settings that load them again: options that were given, else the run's, else the space's."""
+    own = {"name": defaults.DATA[space_name], "seed": 0, **defaults.LOADER[space_name], **stored}
+    given = _given(args, ("batch_size", "seed", "valid_fraction")) | ({"name": args.data} if args.data else {})
+    settings = own | given
+    if settings["name"] is None:
+        raise ValueError(f"--data: got none, expected an image folder for space {space_name!r}")
+    options = {key: settings[key] for key in ("batch_size", "seed", "valid_fraction")} | fixed
+    return data.loaders(settings["name"], resolution=resolution, workers=args.workers, **options), settings
+
+
+def _resolution(run: Run) -> int | None:
+    return run.report().get("space", {}).get("resolution")
+
+
+def _prepare(net: nn.Module, args: Namespace) -> nn.Module:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: got {device!r}, expected a device of this machine ({reason})") from error
+
+
+def _table(run: Run, path: str | None) -> LatencyTable:
+    if path is None:
+        return LatencyTable.load(run.need(run.latency, "profile"))
+    table = LatencyTable.load(path)
+    # derive reads the run's table, so it keeps the one that the search went by.
+    table.save(run.latency)
+    return table
+
+
+def _target(text: str | None, latency: ExpectedLatency | None) -> tuple[float | None, str]:
+    """Target in ms, and where it comes from."""
+    if latency is None:
+        if text is not None:
+            raise ValueError(f"--target: got {text} with --no-latency, expected one of the two")
+        return None, ""
+    text, source = (defaults.TARGET, "by default ") if text is None else (text, "")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise ValueError(f"--target: got {text!r}, expected milliseconds or a percentage such as 50%") from None
+    if text.endswith("%"):
+        if not 0 <= number <= 100:
+            raise ValueError(f"--target: got {text}, expected 0% to 100%")
+        target = latency.fastest + (latency.slowest - latency.fastest) * number / 100
+        return target, f"{source}{text} of the way from the fastest path to the slowest"
+    if not number >= latency.fastest:
+        raise ValueError(f"--target: got {text} ms, expected at least the fastest path's {latency.fastest:.4g} ms")
+    return number, "as given"
+
+
+def _choose(net: nn.Module, latency: ExpectedLatency | None, target: float | None) -> tuple[dict[str, int], str]:
+    """The path to keep, and a sentence on why."""
+    ops = mixed_ops(net)
+    choices = most_probable_path(ops, latency, target)
+    if latency is None or target is None:
+        return choices, "The most likely path was kept."
+    most_likely = latency.most_likely()
+    if most_likely <= target:
+        return choices, f"The most likely path was kept: {most_likely:.4g} ms, within the target of {target:.4g} ms."
+    return choices, (
+        f"The most likely path would take {most_likely:.4g} ms, more than the target of {target:.4g} ms; the most "
+        f"probable path that does not was kept: {latency.of_choices(choices):.4g} ms."
+    )
+
+
+def _load_derived(run: Run, weights: bool = True) -> nn.Module:
+    net = exports.load_architecture(run.need(run.architecture, "derive"))
+    if weights:
+        exports.load_weights(net, run.need(run.weights, "derive"))
+    return net
