@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -61,7 +61,7 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | UnreadableImage:
         from PIL import Image
 
         path, label = self.samples[item[0]]
@@ -69,10 +69,15 @@ class _Images(Dataset):
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-            raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
+            return UnreadableImage(f"{path} cannot be read as an image: {error}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(item[1])
             return self.transform(image), label
+
+
+def _collate(items: list) -> list[Tensor] | UnreadableImage:
+    """A batch, or the first error in it: raised in a worker, it would arrive with a traceback for its message."""
+    return next((item for item in items if isinstance(item, UnreadableImage)), None) or default_collate(items)
 
 
 class _Order(Sampler):
@@ -111,6 +116,7 @@ class FolderLoader:
             _Images(samples, transform),
             batch_size,
             sampler=self._order,
+            collate_fn=_collate,
             num_workers=workers,
             drop_last=drop_last,
             persistent_workers=workers > 0,
@@ -132,10 +138,11 @@ class FolderLoader:
         self._order.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
-            for images, labels in self._loader:
-                yield images.contiguous(memory_format=torch.channels_last), labels
-        except UnreadableImage as error:
-            # a worker hands its whole traceback over as the message: the sentence is its last line
-            sentence = str(error).strip().splitlines()[-1]
-            raise UnreadableImage(sentence.removeprefix(f"{__name__}.UnreadableImage: ")) from None
+        for batch in self._loader:
+            if isinstance(batch, UnreadableImage):
+                try:
+                    raise batch
+                finally:
+                    del batch  # else it and this frame hold each other, and the workers end only by a timeout
+            images, labels = batch
+            yield images.contiguous(memory_format=torch.channels_last), labels
