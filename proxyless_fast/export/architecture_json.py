@@ -10,8 +10,7 @@ from torch import nn
 
 from ..shapes import macs, parameters
 from ..spaces import from_config
-from . import documents
-from .batchnorm import get_bn, set_bn
+from . import batchnorm, documents
 
 FORMAT = "proxyless_fast.architecture"
 
@@ -27,7 +26,7 @@ def architecture(net: nn.Module) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "net": describe(),
-        "bn": get_bn(net),
+        "bn": batchnorm.settings(net),
         "parameters": parameters(net),
         "macs": macs(net),
     }
@@ -39,8 +38,7 @@ def from_architecture(document: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"architecture must have format {FORMAT!r}, got {document.get('format')!r}")
     try:
         net = from_config(document["net"])
-        if document.get("bn"):
-            set_bn(net, document["bn"]["momentum"], document["bn"]["eps"])
+        batchnorm.apply(net, document["bn"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"architecture is incomplete or damaged: {type(error).__name__} at {error}") from error
     return net

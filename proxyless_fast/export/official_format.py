@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, Zero
 from ..spaces.chain import ChainNet, initialise
-from . import documents
-from .batchnorm import get_bn, set_bn
+from . import batchnorm, documents
 from .weights import load_state
 
 _PLAIN = {"dropout_rate": 0, "ops_order": "weight_bn_act"}
@@ -37,7 +36,7 @@ def official(net: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         width = width if isinstance(op, Zero) else op.out_channels
     config = {
         "name": "ProxylessNASNets",
-        "bn": get_bn(net),
+        "bn": batchnorm.common(net),
         "first_conv": _conv_config(net.first_conv),
         "feature_mix_layer": _conv_config(net.feature_mix_layer),
         "classifier": _linear_config(net.classifier),
@@ -66,7 +65,7 @@ def from_official(
         )
         initialise(net)
         if config.get("bn"):
-            set_bn(net, config["bn"]["momentum"], config["bn"]["eps"])
+            batchnorm.apply(net, [config["bn"]])
     except KeyError as error:
         raise ValueError(f"the official config lacks {error}") from error
     except (TypeError, AttributeError) as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import MBConv, ResidualBlock, Zero
 from ..spaces.chain import ChainNet
-from .batchnorm import get_bn
+from . import batchnorm
 
 
 def timm(net: nn.Module) -> nn.Module:
@@ -46,7 +46,7 @@ def timm(net: nn.Module) -> nn.Module:
         fix_stem=True,
         output_stride=2**16,  # else timm turns strides beyond 32 into dilations
         act_layer=nn.ReLU6,
-        norm_layer=partial(nn.BatchNorm2d, **(get_bn(net) or {})),
+        norm_layer=partial(nn.BatchNorm2d, **batchnorm.common(net)),
         round_chs_fn=int,
         drop_rate=net.classifier.dropout_rate,
     )
