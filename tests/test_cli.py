@@ -180,6 +180,7 @@ def test_wrong_options(tmp_path, dataset, capsys):
     assert "--target: got 1 with --no-latency" in fails(capsys, "search", *run, *data, "--no-latency", "--target", "1")
     assert "device" in fails(capsys, "search", *run, *data, "--no-latency", "--device", "warp")
     assert "batch" in fails(capsys, "search", *run, *data, "--no-latency", "--batch-size", "1000")
+    assert "--shift: got -1" in fails(capsys, "search", *run, *data, "--no-latency", "--shift", "-1")
     assert "--valid-fraction" in fails(capsys, "search", *run, *data, "--no-latency", "--valid-fraction", "0")
     assert "expected an image folder" in fails(capsys, "search", *run, "--no-latency", "--space", "mobile")
 

@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("profile", "search", "export"):
         _timing_options(subparsers[name])
     for name in ("search", "train", "eval"):
-        _data_options(subparsers[name], splits=name == "search")
+        _data_options(subparsers[name], name)
     _search_options(subparsers["search"])
     subparsers["derive"].add_argument(
         "--target", metavar="MS", type=float, help="latency not to exceed (default: the search's target)"
@@ -144,7 +144,7 @@ def _timing_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _data_options(parser: argparse.ArgumentParser, splits: bool) -> None:
+def _data_options(parser: argparse.ArgumentParser, name: str) -> None:
     group = parser.add_argument_group("data (of a run that has been searched: as there)")
     group.add_argument(
         "--data",
@@ -162,7 +162,16 @@ def _data_options(parser: argparse.ArgumentParser, splits: bool) -> None:
         "--seed", type=int, metavar="N", help="of weights, order of images and sampled paths (default: 0)"
     )
     group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
-    if splits:
+    if name != "eval":
+        shifts = {space: values["shift"] for space, values in defaults.LOADER.items()}
+        group.add_argument(
+            "--shift",
+            type=int,
+            metavar="N",
+            help="images from IDX files: move each by up to N pixels and mirror half of them; 0: leave them "
+            f"({defaults.describe(shifts)})",
+        )
+    if name == "search":
         fractions = {space: values["valid_fraction"] for space, values in defaults.LOADER.items()}
         group.add_argument(
             "--valid-fraction",

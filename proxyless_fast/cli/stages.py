@@ -176,12 +176,17 @@ def _load_splits(
 ) -> tuple[data.Splits, dict[str, Any]]:
     """Loaders, and the settings that load them again: options that were given, else the run's, else the space's."""
     own = {"name": defaults.DATA[space_name], "seed": 0, **defaults.LOADER[space_name], **stored}
-    given = _given(args, ("batch_size", "seed", "valid_fraction")) | ({"name": args.data} if args.data else {})
+    given = _given(args, ("batch_size", "seed", "valid_fraction", "shift")) | ({"name": args.data} if args.data else {})
     settings = own | given
     if settings["name"] is None:
         raise ValueError(f"--data: got none, expected an image folder for space {space_name!r}")
+    if settings["shift"] < 0:
+        raise ValueError(f"--shift: got {settings['shift']}, expected at least 0")
     options = {key: settings[key] for key in ("batch_size", "seed", "valid_fraction")} | fixed
-    return data.loaders(settings["name"], resolution=resolution, workers=args.workers, **options), settings
+    splits = data.loaders(settings["name"], resolution=resolution, workers=args.workers, **options)
+    if isinstance(splits.train, data.memory.MemoryLoader):
+        splits.train.shift = settings["shift"]
+    return splits, settings
 
 
 def _resolution(run: Run) -> int | None:
