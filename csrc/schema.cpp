@@ -5,4 +5,20 @@
 TORCH_LIBRARY(proxyless_fast, m) {
   m.def("gram(Tensor x) -> (Tensor mean, Tensor cov)");
   m.def("gate_dot(Tensor a, Tensor b) -> Tensor");
+
+  // params: expand weight, gamma, beta (absent where there is no expand convolution), depthwise weight, gamma, beta,
+  // project weight, gamma, beta. running: mean and variance of each of the batch norms, in the same order; read only if
+  // not training. statistics: the same, as the batch has them, in one float64 vector.
+  m.def(
+      "mbconv(Tensor x, Tensor[] params, Tensor[] running, Tensor? mean, Tensor? cov, int stride, str activation, "
+      "bool training, float eps, int keep) -> (Tensor out, Tensor y, Tensor d, Tensor statistics)");
+  m.def(
+      "mbconv_backward(Tensor grad, Tensor x, Tensor y, Tensor d, Tensor statistics, Tensor[] params, Tensor? mean, "
+      "Tensor? cov, int stride, str activation, bool training, float eps, bool input, bool weights) -> "
+      "(Tensor dx, Tensor[] dparams)");
+  m.def(
+      "mbconv_probe(Tensor x, Tensor grad, Tensor[] params, Tensor(a!)[] running, int[] sizes, Tensor? mean, Tensor? cov, "
+      "int stride, str activation, bool training, float momentum, float eps) -> Tensor");
+  m.def(
+      "update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
 }

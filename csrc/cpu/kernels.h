@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/mbconv.h"
+
 namespace pf::cpu {
 
 // A batch of images seen as pixels x channels: element (n, p, c) is at data[n * stride_n + p * stride_p + c *
@@ -14,6 +16,21 @@ struct Pixels {
   int64_t stride_n, stride_p, stride_c;
 };
 
+// Work of the first forward pass: some output rows of some blocks of expanded channels of some images.
+struct ForwardUnit {
+  int64_t image, images, block, blocks, row, rows;
+};
+
+// What the last backward pass sums over pixels; null where nobody asks. q is the gradient of the expanded tensor before
+// its activation, u that tensor.
+template <typename T>
+struct ExpandSums {
+  double* q;     // [blocks(ch)][16]: sum q
+  double* qu;    // [blocks(ch)][16]: sum q (u - expand_bias)
+  double* taps;  // [blocks(ch)][kernel * kernel][16], in the order of taps_back
+  T* expand;     // [blocks(ch)][ci][16]: sum q (x - center)
+};
+
 template <typename T>
 struct KernelsFor {
   // Sum of a[i] * b[i] over n contiguous elements, in double.
@@ -21,6 +38,34 @@ struct KernelsFor {
   // Rows first..last-1 (row = image * pixels + pixel): adds sum(x - pivot) to sum[C] and the upper triangle of
   // sum((x - pivot)(x - pivot)^T) to gram[C * C], in double. scratch holds gram_scratch(C) elements.
   void (*gram)(const Pixels<T>& x, const T* pivot, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
+
+  // The passes of a fused MBConv (cpu/mbconv.h). Pixels first..last-1 of the output; wide tensors are blocks d_block
+  // elements apart; sums are added to what they point at.
+
+  // d of a unit (d points at the unit's first image), and its moments if wanted; scratch: forward_scratch.
+  void (*expand_depthwise)(const MBConv<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments,
+                           T* scratch);
+  // y = project(act(BN2(d))), and its moments if wanted; scratch: project_scratch, as for probe.
+  void (*project)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* y, Moments* moments,
+                  T* scratch);
+  // The same without writing y: moments, sum(grad) and sum(y grad) per channel.
+  void (*probe)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
+                double* sum_g, double* sum_yg, T* scratch);
+  // out = (y - mean) * scale + bias over rows of c channels.
+  void (*affine)(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, T* out);
+  // sum(g) and sum(g (y - mean)) per channel.
+  void (*pair_sums)(const T* g, const T* y, int64_t pixels, int64_t c, const T* mean, double* sum_g, double* sum_gy);
+  // dz, sum(dz), sum(dz (d - mean2)), and if dproject is not null the gradient of project, [blocks(ch)][co][16];
+  // scratch: backward_project_scratch.
+  void (*backward_project)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* dz,
+                           double* sum_dz, double* sum_dzd, T* dproject, T* scratch);
+  // dx of a strip less what the first BN's statistics add (dx may be null); scratch: strip_scratch.
+  void (*backward_expand)(const MBConv<T>& f, const Strip& strip, const T* d, const T* dz, int64_t d_block, T* dx,
+                          const ExpandSums<T>& sums, T* scratch);
+  // dx += (x - center) * correction + bias over input pixels, correction given as [blocks(ci)][ci][16];
+  // scratch: 2 * backward_pixels * 16 * blocks(ci).
+  void (*finish_dx)(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, T* dx,
+                    T* scratch);
 };
 
 int64_t gram_scratch(int64_t channels);

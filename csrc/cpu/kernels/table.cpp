@@ -1,4 +1,5 @@
 // The table that csrc/cpu/dispatch.cpp chooses from; compiled once per instruction set, like every file here.
+#include "kernels/mbconv.h"
 #include "kernels/statistics.h"
 
 #define PF_STRING_(x) #x
@@ -8,7 +9,16 @@ namespace pf::cpu::PF_ISA {
 
 template <typename T>
 constexpr KernelsFor<T> entries() {
-  return {.dot = dot<T>, .gram = gram<T>};
+  return {.dot = dot<T>,
+          .gram = gram<T>,
+          .expand_depthwise = expand_depthwise<T>,
+          .project = project<T>,
+          .probe = probe<T>,
+          .affine = affine<T>,
+          .pair_sums = pair_sums<T>,
+          .backward_project = backward_project<T>,
+          .backward_expand = backward_expand<T>,
+          .finish_dx = finish_dx<T>};
 }
 
 extern const Kernels table;

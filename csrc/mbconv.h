@@ -1,0 +1,83 @@
+// The host's view of a fused MBConv: arguments checked and folded once, and each pass run over all images.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace pf {
+
+struct Arguments {
+  at::Tensor x;                               // channels-last
+  at::Tensor w1, g1, b1, wd, g2, b2, wp, g3, b3;  // w1, g1, b1 undefined if there is no expand convolution
+  at::Tensor mean, cov;                       // of x, float64; undefined if not training or without expand
+  int64_t stride;
+  std::string activation;
+  bool training;
+  double eps;
+  bool expand() const { return w1.defined(); }
+};
+
+// Checks every argument once; messages begin with `op`.
+Arguments check(const char* op, const at::Tensor& x, at::TensorList params, const std::optional<at::Tensor>& mean,
+                const std::optional<at::Tensor>& cov, int64_t stride, const std::string& activation, bool training,
+                double eps);
+void check_running(const char* op, const Arguments& a, at::TensorList running);
+at::Tensor channels_last(const at::Tensor& t);  // t itself if its memory is already so
+
+// One batch norm: the statistics in use, and what follows from them.
+struct Norm {
+  std::vector<double> mean, var;
+  std::vector<double> inverse;  // 1 / sqrt(var + eps)
+  std::vector<double> scale;    // gamma * inverse
+  void fold(const at::Tensor& gamma, double eps);
+};
+std::vector<double> to_doubles(const at::Tensor& t);
+
+// The block as the kernels want it, with the memory that it points at.
+template <typename T>
+class Block {
+ public:
+  explicit Block(const Arguments& a);
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  cpu::MBConv<T> f{};
+  const Arguments& a;
+  Norm first, second, third;
+  int64_t pixels_in() const { return f.images * f.h * f.w; }
+  int64_t pixels_out() const { return f.images * f.ho * f.wo; }
+  int64_t wide_block() const { return pixels_out() * cpu::lanes; }
+  int64_t wide_size() const { return cpu::blocks(f.ch) * wide_block(); }
+
+  // Each norm is set from the batch (where the passes before it have run) or from given statistics.
+  void first_from_batch();
+  void set_first(Norm norm);
+  void set_second(Norm norm);
+  void set_third(Norm norm) { (third = std::move(norm)).fold(a.g3, a.eps); }
+
+  // d from x; the moments of d if asked for.
+  Norm depthwise(T* d, bool moments) const;
+  // y from d; its moments.
+  Norm project(const T* d, T* y) const;
+  // <grad, out> with y never written; sets third.
+  double gate(const T* d, const at::Tensor& grad);
+  // out = BN3(y)
+  void normalise(const T* y, T* out);
+  // out from x with all norms given, image by image.
+  void infer(T* out);
+  // dx (if defined) and, if `weights`, the gradients of the parameters.
+  std::vector<at::Tensor> backward(const at::Tensor& grad, const T* y, const T* d, const at::Tensor& dx, bool weights);
+
+ private:
+  std::vector<at::Tensor> owned_;
+  T* take(int64_t n);                                          // zeros, aligned, as long as the block lives
+  const T* per_channel(const std::vector<double>& v);          // padded to whole blocks
+  void pack_project(const std::vector<double>* scale);
+  void pack_backward();
+};
+
+}  // namespace pf

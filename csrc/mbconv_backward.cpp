@@ -1,0 +1,291 @@
+// Backward of a fused MBConv over all images: the passes, and the corrections that close over small matrices
+// (docs/performance.md has the formulas).
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/matmul.h>
+
+#include <algorithm>
+
+#include "mbconv.h"
+#include "workspace.h"
+
+namespace pf {
+namespace {
+
+using at::Tensor;
+using cpu::blocks;
+using cpu::lanes;
+
+constexpr int64_t wanted_chunks = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Zeroed partial sums, one row per chunk of the work, added up in order.
+template <typename S>
+class Partial {
+ public:
+  Partial(int64_t chunks, int64_t n)
+      : chunks_(chunks), n_(n), memory_(static_cast<size_t>(chunks * n + 1) * sizeof(S)) {
+    at::parallel_for(0, chunks * n, 1 << 15, [&](int64_t begin, int64_t end) {
+      std::fill(memory_.as<S>() + begin, memory_.as<S>() + end, S(0));
+    });
+  }
+  S* part(int64_t i) { return n_ == 0 ? nullptr : memory_.as<S>() + i * n_; }
+  const S* total() {
+    S* sum = memory_.as<S>();
+    at::parallel_for(0, n_, 1 << 13, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 1; i < chunks_; ++i)
+        for (int64_t j = begin; j < end; ++j) sum[j] += sum[i * n_ + j];
+    });
+    return sum;
+  }
+
+ private:
+  int64_t chunks_, n_;
+  Workspace memory_;
+};
+
+// Large partial sums (those of a weight) in fewer chunks: their zeroing and adding up should stay small.
+int64_t chunks_for(int64_t pieces, int64_t bytes) {
+  const int64_t most = std::clamp<int64_t>((8 << 20) / std::max<int64_t>(bytes, 1), 4, wanted_chunks);
+  return std::min(pieces, most);
+}
+
+// The gradient of a parameter, filled from doubles.
+template <typename T, typename Element>
+Tensor gradient_like(const Tensor& parameter, Element element) {
+  Tensor g = at::empty(parameter.sizes(), parameter.options());
+  T* p = g.mutable_data_ptr<T>();
+  const int64_t n = g.numel();
+  at::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) p[i] = static_cast<T>(element(i));
+  });
+  return g;
+}
+
+template <typename T>
+std::vector<cpu::Strip> strips_of(const cpu::MBConv<T>& f) {
+  std::vector<cpu::Strip> strips;
+  const int64_t pixels = cpu::strip_pixels(f);
+  if (2 * f.h * f.w <= pixels) {
+    const int64_t images = std::max<int64_t>(1, std::min(pixels / (f.h * f.w), f.images / wanted_chunks));
+    if (ceil_div(f.images, images) * 2 >= wanted_chunks) {
+      for (int64_t i = 0; i < f.images; i += images) strips.push_back({i, std::min(images, f.images - i), 0, f.h});
+      return strips;
+    }
+  }
+  int64_t parts = ceil_div(f.h * f.w, pixels);
+  parts = std::min(std::max(parts, ceil_div(wanted_chunks / 2, f.images)), f.h);
+  const int64_t rows = ceil_div(ceil_div(f.h, parts), f.stride) * f.stride;
+  for (int64_t i = 0; i < f.images; ++i)
+    for (int64_t y = 0; y < f.h; y += rows) strips.push_back({i, 1, y, std::min(rows, f.h - y)});
+  return strips;
+}
+
+}  // namespace
+
+template <typename T>
+void Block<T>::pack_backward() {
+  const T* wp = a.wp.const_data_ptr<T>();
+  T* project_out = take(blocks(f.ch) * lanes * f.co);
+  for (int64_t b = 0; b < blocks(f.ch); ++b)
+    for (int64_t k = 0; k < f.co; ++k)
+      std::copy_n(wp + k * f.ch + b * lanes, std::min(lanes, f.ch - b * lanes), project_out + (b * f.co + k) * lanes);
+  f.project_out = project_out;
+  const int64_t k = f.kernel, s = f.stride;
+  T* back = take(blocks(f.ch) * lanes * k * k);
+  int64_t index = 0;
+  for (int64_t ry = 0; ry < s; ++ry)
+    for (int64_t rx = 0; rx < s; ++rx)
+      for (int64_t ky = k - 1; ky >= 0; --ky)
+        for (int64_t kx = k - 1; kx >= 0; --kx) {
+          if (ky % s != ry || kx % s != rx) continue;
+          for (int64_t b = 0; b < blocks(f.ch); ++b)
+            std::copy_n(f.taps + (b * k * k + ky * k + kx) * lanes, lanes, back + (b * k * k + index) * lanes);
+          ++index;
+        }
+  f.taps_back = back;
+  if (!f.expand) return;
+  const T* w1 = a.w1.const_data_ptr<T>();
+  const int64_t depth = blocks(f.ch) * lanes;
+  T* out = take(blocks(f.ci) * lanes * depth);
+  for (int64_t b = 0; b < blocks(f.ci); ++b)
+    for (int64_t c = 0; c < f.ch; ++c)
+      for (int64_t l = 0; l < std::min(lanes, f.ci - b * lanes); ++l)
+        out[(b * depth + c) * lanes + l] =
+            static_cast<T>(static_cast<double>(w1[c * f.ci + b * lanes + l]) * first.scale[c]);
+  f.expand_out = out;
+}
+
+template <typename T>
+std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* d, const Tensor& dx, bool weights) {
+  pack_backward();
+  const auto& kernels = cpu::kernels_for<T>();
+  const int64_t n_in = pixels_in(), n_out = pixels_out(), wide = blocks(f.ch) * lanes, narrow = blocks(f.co) * lanes;
+  const int64_t k2 = f.kernel * f.kernel;
+  const double share_in = a.training ? 1.0 / static_cast<double>(n_in) : 0;  // statistics that are given pass no gradient
+  const double share_out = a.training ? 1.0 / static_cast<double>(n_out) : 0;
+  f.y = y;
+  f.grad = grad.const_data_ptr<T>();
+
+  // Third norm: dY as an affine of (G, y).
+  f.mean3 = per_channel(third.mean);
+  const int64_t sum_chunks = std::min<int64_t>(wanted_chunks, ceil_div(n_out, 256));
+  Partial<double> sums3(sum_chunks, 2 * narrow);
+  at::parallel_for(0, sum_chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = n_out * i / sum_chunks, last = n_out * (i + 1) / sum_chunks;
+      kernels.pair_sums(f.grad + p * f.co, y + p * f.co, last - p, f.co, f.mean3, sums3.part(i), sums3.part(i) + narrow);
+    }
+  });
+  const double* sum_g = sums3.total();
+  std::vector<double> dg3(f.co), dy_y(f.co), dy_bias(f.co);
+  for (int64_t c = 0; c < f.co; ++c) {
+    dg3[c] = third.inverse[c] * sum_g[narrow + c];
+    dy_y[c] = -third.scale[c] * third.inverse[c] * dg3[c] * share_out;
+    dy_bias[c] = -third.scale[c] * sum_g[c] * share_out;
+  }
+  f.dy_grad = per_channel(third.scale);
+  f.dy_y = per_channel(dy_y);
+  f.dy_bias = per_channel(dy_bias);
+
+  // Project and second norm: dz, its sums, the gradient of project.
+  const Workspace dz_memory(static_cast<size_t>(wide_size()) * sizeof(T));
+  T* dz = dz_memory.as<T>();
+  const int64_t tiles = ceil_div(n_out, cpu::backward_pixels);
+  const int64_t dproject_size = weights ? wide * f.co : 0;
+  const int64_t chunks2 = chunks_for(tiles, dproject_size * static_cast<int64_t>(sizeof(T)));
+  Partial<double> sums2(chunks2, 2 * wide);
+  Partial<T> dproject(chunks2, dproject_size);
+  at::parallel_for(0, chunks2, 1, [&](int64_t begin, int64_t end) {
+    const Workspace scratch(static_cast<size_t>(cpu::backward_project_scratch(f)) * sizeof(T));
+    for (int64_t i = begin; i < end; ++i)
+      kernels.backward_project(f, tiles * i / chunks2 * cpu::backward_pixels,
+                               std::min(tiles * (i + 1) / chunks2 * cpu::backward_pixels, n_out), d, wide_block(), dz,
+                               sums2.part(i), sums2.part(i) + wide, dproject.part(i), scratch.template as<T>());
+  });
+  const double* sum_dz = sums2.total();
+  std::vector<double> dg2(f.ch), dd_d(f.ch), dd_bias(f.ch);
+  for (int64_t c = 0; c < f.ch; ++c) {
+    dg2[c] = second.inverse[c] * sum_dz[wide + c];
+    dd_d[c] = -second.scale[c] * second.inverse[c] * dg2[c] * share_out;
+    dd_bias[c] = -second.scale[c] * sum_dz[c] * share_out;
+  }
+  f.dd_dz = per_channel(second.scale);
+  f.dd_d = per_channel(dd_d);
+  f.dd_bias = per_channel(dd_bias);
+
+  // Depthwise, first norm, expand: strips of the input.
+  const std::vector<cpu::Strip> strips = strips_of(f);
+  const auto pieces = static_cast<int64_t>(strips.size());
+  const int64_t taps_size = weights ? wide * k2 : 0, expand_size = weights && f.expand ? wide * f.ci : 0;
+  const int64_t chunks1 = chunks_for(pieces, expand_size * static_cast<int64_t>(sizeof(T)));
+  Partial<double> sums1(chunks1, 2 * wide), dtaps(chunks1, taps_size);
+  Partial<T> dexpand(chunks1, expand_size);
+  T* pdx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
+  int64_t scratch1 = 0;
+  for (const auto& strip : strips) scratch1 = std::max(scratch1, cpu::strip_scratch(f, strip.images, strip.rows));
+  at::parallel_for(0, chunks1, 1, [&](int64_t begin, int64_t end) {
+    const Workspace scratch(static_cast<size_t>(scratch1) * sizeof(T));
+    for (int64_t i = begin; i < end; ++i) {
+      const cpu::ExpandSums<T> sums = {sums1.part(i), sums1.part(i) + wide, dtaps.part(i), dexpand.part(i)};
+      for (int64_t j = pieces * i / chunks1; j < pieces * (i + 1) / chunks1; ++j)
+        kernels.backward_expand(f, strips[static_cast<size_t>(j)], d, dz, wide_block(), pdx, sums,
+                                scratch.template as<T>());
+    }
+  });
+
+  // What the first norm's statistics add: r = scale * inverse * dgamma / N, from sum q (u - beta) = gamma * dgamma.
+  std::vector<double> r(f.expand ? f.ch : 0), db1(r.size());
+  if (f.expand) {
+    const double* sum_q = sums1.total();
+    const std::vector<double> beta = to_doubles(a.b1);
+    for (int64_t c = 0; c < f.ch; ++c) {
+      db1[c] = sum_q[c];
+      const double shift = static_cast<double>(f.expand_bias[c]) - beta[c];
+      r[c] = first.inverse[c] * first.inverse[c] * (sum_q[wide + c] + shift * db1[c]) * share_in;
+    }
+    if (a.training && pdx != nullptr) {
+      const Tensor w = a.w1.view({f.ch, f.ci});
+      Tensor rw = at::empty({f.ch, f.ci}, w.options());
+      const T* pw = w.const_data_ptr<T>();
+      std::vector<double> bias(f.ci, 0.0);
+      for (int64_t c = 0; c < f.ch; ++c)
+        for (int64_t i = 0; i < f.ci; ++i) {
+          rw.mutable_data_ptr<T>()[c * f.ci + i] = static_cast<T>(-r[c] * static_cast<double>(pw[c * f.ci + i]));
+          bias[i] -= first.scale[c] * db1[c] * share_in * static_cast<double>(pw[c * f.ci + i]);
+        }
+      const Tensor q = at::matmul(rw.t(), w).contiguous();  // symmetric
+      const T* pq = q.const_data_ptr<T>();
+      T* panel = take(blocks(f.ci) * lanes * f.ci);
+      for (int64_t b = 0; b < blocks(f.ci); ++b)
+        for (int64_t k = 0; k < f.ci; ++k)
+          std::copy_n(pq + k * f.ci + b * lanes, std::min(lanes, f.ci - b * lanes), panel + (b * f.ci + k) * lanes);
+      const T* pbias = per_channel(bias);
+      const int64_t in_tiles = ceil_div(n_in, cpu::backward_pixels);
+      at::parallel_for(0, in_tiles, 4, [&](int64_t begin, int64_t end) {
+        const Workspace scratch(static_cast<size_t>(2 * cpu::backward_pixels * lanes * blocks(f.ci)) * sizeof(T));
+        kernels.finish_dx(f, begin * cpu::backward_pixels, std::min(end * cpu::backward_pixels, n_in), panel, pbias, pdx,
+                          scratch.template as<T>());
+      });
+    }
+  }
+  if (!weights) return {};
+
+  std::vector<Tensor> grads;
+  if (f.expand) {
+    const Tensor w = a.w1.view({f.ch, f.ci}).to(at::kDouble);
+    const Tensor wc = a.training ? at::matmul(w, a.cov) : Tensor();
+    const double* pw = w.const_data_ptr<double>();
+    const double* pc = a.training ? wc.const_data_ptr<double>() : nullptr;
+    const T* sum_qx = dexpand.total();
+    std::vector<double> dg1(f.ch);
+    const auto at_expand = [&](int64_t c, int64_t i) {
+      return static_cast<double>(sum_qx[((c / lanes) * f.ci + i) * lanes + c % lanes]);
+    };
+    for (int64_t c = 0; c < f.ch; ++c) {
+      double dot = 0, center = 0;
+      for (int64_t i = 0; i < f.ci; ++i) {
+        dot += at_expand(c, i) * pw[c * f.ci + i];
+        center += static_cast<double>(f.center[i]) * pw[c * f.ci + i];
+      }
+      dg1[c] = first.inverse[c] * (dot + (center - first.mean[c]) * db1[c]);
+    }
+    grads.push_back(gradient_like<T>(a.w1, [&](int64_t j) {
+      const int64_t c = j / f.ci, i = j % f.ci;
+      const double statistics = a.training ? dg1[c] * first.inverse[c] * pc[j] : 0;
+      return first.scale[c] * (at_expand(c, i) - statistics);
+    }));
+    grads.push_back(gradient_like<T>(a.g1, [&](int64_t c) { return dg1[c]; }));
+    grads.push_back(gradient_like<T>(a.b1, [&](int64_t c) { return db1[c]; }));
+  }
+  std::vector<int64_t> turned(static_cast<size_t>(k2));  // where taps_back has tap (ky, kx)
+  int64_t index = 0;
+  for (int64_t ry = 0; ry < f.stride; ++ry)
+    for (int64_t rx = 0; rx < f.stride; ++rx)
+      for (int64_t k = k2 - 1; k >= 0; --k)
+        if (k / f.kernel % f.stride == ry && k % f.kernel % f.stride == rx) turned[static_cast<size_t>(k)] = index++;
+  const double* sum_taps = dtaps.total();
+  grads.push_back(gradient_like<T>(a.wd, [&](int64_t j) {
+    const int64_t c = j / k2, k = turned[static_cast<size_t>(j % k2)];
+    return sum_taps[((c / lanes) * k2 + k) * lanes + c % lanes];
+  }));
+  grads.push_back(gradient_like<T>(a.g2, [&](int64_t c) { return dg2[c]; }));
+  grads.push_back(gradient_like<T>(a.b2, [&](int64_t c) { return sum_dz[c]; }));
+  const T* sum_project = dproject.total();
+  grads.push_back(gradient_like<T>(a.wp, [&](int64_t j) {
+    const int64_t o = j / f.ch, c = j % f.ch;
+    return sum_project[((c / lanes) * f.co + o) * lanes + c % lanes];
+  }));
+  grads.push_back(gradient_like<T>(a.g3, [&](int64_t c) { return dg3[c]; }));
+  grads.push_back(gradient_like<T>(a.b3, [&](int64_t c) { return sum_g[c]; }));
+  return grads;
+}
+
+template void Block<float>::pack_backward();
+template void Block<double>::pack_backward();
+template std::vector<Tensor> Block<float>::backward(const Tensor&, const float*, const float*, const Tensor&, bool);
+template std::vector<Tensor> Block<double>::backward(const Tensor&, const double*, const double*, const Tensor&, bool);
+
+}  // namespace pf

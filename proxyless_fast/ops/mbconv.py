@@ -1,0 +1,230 @@
+"""The fused MBConv: 1x1 expand, BN, activation, k x k depthwise, BN, activation, 1x1 project, BN, in one op.
+
+The expanded tensor is never written: the first batch norm follows from the Gram matrix of x, and expand and depthwise
+run tile by tile. What autograd keeps is x, y (before the last norm) and, by policy "fast", d (the depthwise output).
+
+`params` is, in the order and with the shapes that the official modules hold them,
+
+    inverted_bottleneck.conv.weight (Ch, Ci, 1, 1), .bn.weight (Ch,), .bn.bias (Ch,)    absent with expand ratio 1
+    depth_conv.conv.weight (Ch, 1, k, k),           .bn.weight (Ch,), .bn.bias (Ch,)
+    point_linear.conv.weight (Co, Ch, 1, 1),        .bn.weight (Co,), .bn.bias (Co,)
+
+and `running` the mean and variance buffers of the same norms: six tensors, or four. All of x's dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .statistics import gram as gram_of
+
+_ACTIVATIONS = {
+    "relu6": lambda t: t.clamp(0, 6),
+    "relu": F.relu,
+    "identity": lambda t: t,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+_KEEP = {"lean": 1, "fast": 2}
+
+
+def mbconv_reference(
+    x: Tensor,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor] = (),
+    *,
+    stride: int = 1,
+    activation: str = "relu6",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`mbconv` in plain torch, in the same arguments: what tests and benchmarks compare with."""
+    act = _ACTIVATIONS[activation]
+    norms = len(params) // 3
+    for i in range(norms):
+        weight, gamma, beta = params[3 * i : 3 * i + 3]
+        mean, var = running[2 * i : 2 * i + 2] if running else (None, None)
+        if weight.shape[1] == 1 and i == norms - 2:
+            x = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2, groups=weight.shape[0])
+        else:
+            x = F.conv2d(x, weight)
+        x = F.batch_norm(x, mean, var, gamma, beta, training, momentum, eps)
+        if i < norms - 1:
+            x = act(x)
+    return x
+
+
+def probe_reference(
+    x: Tensor, grad: Tensor, params: Sequence[Sequence[Tensor]], running: Sequence[Sequence[Tensor]] = (), **options
+) -> Tensor:
+    """`probe` in plain torch: <grad, o_j(x)> for each candidate j, every o_j written out in turn."""
+    own = list(running) or [()] * len(params)
+    with torch.no_grad():
+        return torch.stack(
+            [(mbconv_reference(x, p, r, **options) * grad).sum() for p, r in zip(params, own, strict=True)]
+        )
+
+
+def can_run_mbconv(
+    x: Tensor, params: Sequence[Tensor], *, stride: int = 1, activation: str = "relu6"
+) -> tuple[bool, str]:
+    """Whether the fused path takes these arguments: (True, "") or (False, why not, in words)."""
+    if x.device.type != "cpu":
+        return False, f"x is on {x.device.type}, and the fused kernels run on the CPU"
+    if x.dtype not in (torch.float32, torch.float64):
+        return False, f"x is {x.dtype}, and the fused kernels take float32 and float64"
+    if any(p.dtype != x.dtype for p in params):
+        return False, f"a parameter has another dtype than x, {x.dtype}"
+    if x.dim() != 4 or x.numel() == 0:
+        return (
+            False,
+            f"x has shape {tuple(x.shape)}, and the fused kernels take (batch, channels, height, width), not empty",
+        )
+    if len(params) not in (6, 9):
+        return False, f"the block has {len(params)} parameters, not 9, or 6 without an expand convolution"
+    depthwise = params[-6]
+    channels, kernel = depthwise.shape[0], tuple(depthwise.shape[2:])
+    if kernel not in ((3, 3), (5, 5), (7, 7)):
+        return False, f"the kernel is {kernel}, and the fused kernels are 3x3, 5x5 and 7x7"
+    if stride not in (1, 2):
+        return False, f"the stride is {stride}, and the fused kernels have strides 1 and 2"
+    if activation not in _ACTIVATIONS:
+        return False, f"the activation is {activation!r}, and the fused kernels know {', '.join(_ACTIVATIONS)}"
+    if depthwise.shape[1] != 1 or params[-3].shape[1:] != (channels, 1, 1):
+        return False, "the middle convolution is not depthwise, or the last is not 1x1 on its channels"
+    if params[0].shape[1:] != (x.shape[1], 1, 1) if len(params) == 9 else channels != x.shape[1]:
+        return False, f"the first convolution does not take the {x.shape[1]} channels of x"
+    if torch.is_autocast_enabled("cpu"):
+        return False, "autocast is on, and the fused kernels would not see its lower precision"
+    return True, ""
+
+
+def mbconv(
+    x: Tensor,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor] = (),
+    *,
+    stride: int = 1,
+    activation: str = "relu6",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    policy: str = "fast",
+    gram: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A whole MBConv block, (B, Ci, H, W) -> (B, Co, ceil(H / stride), ceil(W / stride)), channels-last.
+
+    x: float32 or float64, any memory format (channels-last is read as it is). `training` norms by the batch and moves
+    `running`, if given, by `momentum` (the variance unbiased, as torch does); otherwise `running` norms, and gradients
+    flow as through a frozen norm. policy: "fast" keeps the depthwise output for backward, "lean" recomputes it.
+    gram: (mean, covariance) of x from `ops.gram`, if the caller has them, to share among the candidates of a layer.
+    Differentiable once in x and params; backward does no work for weights that need no gradient.
+    Raises ValueError naming the argument that does not fit.
+    """
+    if policy not in _KEEP:
+        raise ValueError(f"policy must be one of {', '.join(_KEEP)}, got {policy!r}")
+    mean, cov = _statistics(x, gram, training and len(params) == 9)
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    out, _, _, statistics = torch.ops.proxyless_fast.mbconv(
+        x, params, [] if training else running, mean, cov, stride, activation, training, eps,
+        _KEEP[policy] if differentiable else 0,
+    )  # fmt: skip
+    if training and running:
+        pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]
+        torch.ops.proxyless_fast.update_running(statistics, running, pixels_in, pixels_out, momentum)
+    return out
+
+
+def probe(
+    x: Tensor,
+    grad: Tensor,
+    params: Sequence[Sequence[Tensor]],
+    running: Sequence[Sequence[Tensor]] = (),
+    *,
+    stride: int = 1,
+    activation: str = "relu6",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    gram: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Gate gradients <grad, o_j(x)> (ProxylessNAS eq. 5) of several candidates of a layer, with no o_j written: (n,).
+
+    params[j], running[j]: of candidate j, as for `mbconv`, whose other arguments mean the same here. Running statistics
+    move as if each candidate had run. One wide workspace serves all candidates. No autograd.
+    """
+    needs_gram = training and any(len(p) == 9 for p in params)
+    mean, cov = _statistics(x, gram, needs_gram)
+    with torch.no_grad():
+        return torch.ops.proxyless_fast.mbconv_probe(
+            x, grad, [t for p in params for t in p], [t for r in running for t in r], [len(p) for p in params],
+            mean, cov, stride, activation, training, momentum, eps,
+        )  # fmt: skip
+
+
+def _statistics(x: Tensor, gram: tuple[Tensor, Tensor] | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+    # Backward of the op includes what flows through them, so they enter as constants.
+    if not needed:
+        return None, None
+    mean, cov = gram if gram is not None else gram_of(x.detach())
+    return mean.detach(), cov.detach()
+
+
+@torch.library.register_fake("proxyless_fast::mbconv")
+def _(x, params, running, mean, cov, stride, activation, training, eps, keep):
+    batch, _, height, width = x.shape
+    depthwise, project = params[-6], params[-3]
+    wide, narrow = depthwise.shape[0], project.shape[0]
+    shape = (batch, narrow, (height - 1) // stride + 1, (width - 1) // stride + 1)
+    pixels = shape[0] * shape[2] * shape[3]
+    out = x.new_empty(shape).to(memory_format=torch.channels_last)
+    y = x.new_empty(shape).to(memory_format=torch.channels_last) if keep >= 1 else x.new_empty(0)
+    d = x.new_empty((wide + 15) // 16, pixels, 16) if keep == 2 else x.new_empty(0)
+    norms = wide * (len(params) // 3 - 1) + narrow
+    return out, y, d, x.new_empty(2 * norms, dtype=torch.float64)
+
+
+@torch.library.register_fake("proxyless_fast::mbconv_backward")
+def _(grad, x, y, d, statistics, params, mean, cov, stride, activation, training, eps, input, weights):
+    dx = x.new_empty(x.shape).to(memory_format=torch.channels_last) if input else x.new_empty(0)
+    return dx, [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if weights else []
+
+
+@torch.library.register_fake("proxyless_fast::mbconv_probe")
+def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, momentum, eps):
+    return x.new_empty(len(sizes))
+
+
+@torch.library.register_fake("proxyless_fast::update_running")
+def _(statistics, running, pixels_in, pixels_out, momentum):
+    return None
+
+
+def _setup(ctx, inputs, output):
+    x, params, _, mean, cov, *ctx.options, _ = inputs
+    _, y, d, statistics = output
+    ctx.mark_non_differentiable(y, d, statistics)
+    ctx.set_materialize_grads(False)
+    ctx.count, ctx.running = len(params), len(inputs[2])
+    ctx.save_for_backward(x, y, d, statistics, mean, cov, *params)
+
+
+def _backward(ctx, grad, *_):
+    x, y, d, statistics, mean, cov, *params = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    weights = any(needs[1])
+    if grad is None:
+        return (None, [None] * ctx.count, [None] * ctx.running, *[None] * 7)
+    dx, dparams = torch.ops.proxyless_fast.mbconv_backward(
+        grad, x, y, d, statistics, params, mean, cov, *ctx.options, needs[0], weights
+    )
+    dparams = (
+        [g if need else None for g, need in zip(dparams, needs[1], strict=True)] if weights else [None] * ctx.count
+    )
+    return (dx if needs[0] else None, dparams, [None] * ctx.running, *[None] * 7)
+
+
+torch.library.register_autograd("proxyless_fast::mbconv", _backward, setup_context=_setup)
