@@ -116,7 +116,7 @@ def test_derive_for_another_target(finished, dataset, tmp_path, capsys):
     assert fastest * 0.999 <= report["derive"]["predicted"] <= fastest * 1.001
     assert "eval" not in report
     if report["derive"]["blocks"] != json.loads((finished / "report.json").read_text())["derive"]["blocks"]:
-        assert "more than the target" in capsys.readouterr().out
+        assert "the most probable path" in capsys.readouterr().out
     line = fails(capsys, "derive", "--run", str(tmp_path), "--target", f"{fastest / 2}")
     assert "fastest path" in line
 
@@ -147,6 +147,8 @@ def test_ctrl_c_and_resume(finished, dataset, tmp_path, capsys, monkeypatch):
         patch.setattr(Search, "weight_step", pressing)
         assert main(["search", *run, *options]) == 130
     assert "--resume" in capsys.readouterr().err
+    assert "--batch-size: got 8 with --resume" in fails(capsys, "search", *run, "--resume", "--batch-size", "8")
+    assert "--epochs: got 9 with --resume" in fails(capsys, "search", *run, "--resume", "--epochs", "9")
     assert main(["search", *run, "--resume"]) == 0
     ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path, finished))
     assert ours["step"] == theirs["step"]

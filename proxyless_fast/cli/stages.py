@@ -11,11 +11,10 @@ from .. import data
 from .. import export as exports
 from ..export.weights import load_state
 from ..gates import derive as derive_net
-from ..gates import mixed_ops
 from ..latency import ExpectedLatency, LatencyTable, measure
 from ..latency import profile as profile_net
 from ..report import describe_blocks
-from ..search import Search, SearchConfig, TrainConfig, evaluate, most_probable_path
+from ..search import Search, SearchConfig, TrainConfig, evaluate
 from ..search import train as train_net
 from ..search.checkpoint import load
 from ..search.progress import console, progress_bar
@@ -23,6 +22,7 @@ from ..shapes import macs, parameters
 from . import defaults, space
 from .parser import config_of
 from .run import Run
+from .target import choose, parse_target
 
 SPACE_OPTIONS = ("num_classes", "in_channels", "resolution", "width", "candidates")
 
@@ -48,7 +48,8 @@ def profile(run: Run, args: Namespace, net: nn.Module | None = None) -> None:
         figures |= {"fastest": latency.fastest, "slowest": latency.slowest, **table.header, "files": [run.latency.name]}
     console.print(
         f"profile: {len(table)} blocks; fastest path {latency.fastest:.4g} ms, slowest {latency.slowest:.4g} ms; whole "
-        f"paths were predicted within {table.header['path_error']:.1%}"
+        f"paths were predicted within {table.header['path_error']:.1%}",
+        soft_wrap=True,
     )
 
 
@@ -57,6 +58,8 @@ def search(run: Run, args: Namespace) -> None:
     if args.resume:
         run.need(run.checkpoint, "search")
         settings, data_settings = dict(run.stage("space")), run.stage("data")
+        _require_same(args, {**settings, "space": settings["name"], **run.stage("search")})
+        _require_same(args, {**data_settings, "data": data_settings["name"]})
         splits, _ = _load_splits(run, args, settings["name"], settings["resolution"], data_settings)
     else:
         stored = {} if args.all else dict(run.report().get("space", {}))
@@ -90,7 +93,7 @@ def search(run: Run, args: Namespace) -> None:
             figures |= run.stage("search")
             found = Search.resume(run.folder, net, splits.train, splits.valid, latency)
         else:
-            target, source = _target(args.target, latency)
+            target, source = parse_target(args.target, latency)
             config = config_of(SearchConfig, args, name, target=target, seed=data_settings["seed"])
             figures |= {"target": target, "target_source": source, **config.to_dict()}
             found = Search(net, splits.train, splits.valid, config, latency, run.folder)
@@ -99,7 +102,8 @@ def search(run: Run, args: Namespace) -> None:
             run.record("data", data_settings)
             run.record("search", {**figures, "seconds": 0.0})
         if latency is not None:
-            console.print(f"search: target {figures['target']:.4g} ms, {figures['target_source']}")
+            source = f"target {figures['target']:.4g} ms, {figures['target_source']}"
+            console.print(f"search: {source}", soft_wrap=True)
         found.fit()
         figures["files"] = ["search.jsonl", "tensorboard/", run.checkpoint.name]
 
@@ -114,11 +118,11 @@ def derive(run: Run, args: Namespace) -> None:
         load_state(net, state["net"], str(run.checkpoint))
         explicit = args.target if args.command == "derive" else None
         target = searched["target"] if explicit is None else explicit
-        latency = None
+        latency, error = None, 0.0
         if target is not None:
             table = LatencyTable.load(run.need(run.latency, "profile"))
-            latency = ExpectedLatency(net, table)
-        choices, figures["note"] = _choose(net, latency, target)
+            latency, error = ExpectedLatency(net, table), table.header.get("path_error", 0.0)
+        choices, figures["note"] = choose(net, latency, target, error)
         figures["target"] = target
         figures["predicted"] = None if latency is None else latency.of_choices(choices)
         figures["blocks"] = describe_blocks(net, choices)
@@ -127,7 +131,7 @@ def derive(run: Run, args: Namespace) -> None:
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
         figures["files"] = [run.architecture.name, run.weights.name]
-    console.print(f"derive: {figures['note']}")
+    console.print(f"derive: {figures['note']}", soft_wrap=True)
 
 
 def train(run: Run, args: Namespace) -> None:
@@ -164,7 +168,17 @@ def export(run: Run, args: Namespace) -> None:
         threads = profiled if args.threads is None else args.threads
         figures |= {"measured": measure(run.onnx, threads=threads, repeats=args.repeats), "threads": threads}
         figures["files"] = [run.onnx.name]
-    console.print(f"export: {run.onnx}, {figures['measured']:.4g} ms in ONNX Runtime")
+    console.print(f"export: {run.onnx}, {figures['measured']:.4g} ms in ONNX Runtime", soft_wrap=True)
+
+
+def _require_same(args: Namespace, started: dict[str, Any]) -> None:
+    """Raises ValueError for an option that a resumed search cannot change."""
+    for name, value in _given(args, tuple(started)).items():
+        if name != "target" and value != started[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: got {value} with --resume, expected {started[name]} as the search was started")
+    if args.target is not None or args.table is not None:
+        raise ValueError("--resume: got a target or a table with it, expected those that the search was started with")
 
 
 def _given(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -209,42 +223,6 @@ def _table(run: Run, path: str | None) -> LatencyTable:
     # derive reads the run's table, so it keeps the one that the search went by.
     table.save(run.latency)
     return table
-
-
-def _target(text: str | None, latency: ExpectedLatency | None) -> tuple[float | None, str]:
-    """Target in ms, and where it comes from."""
-    if latency is None:
-        if text is not None:
-            raise ValueError(f"--target: got {text} with --no-latency, expected one of the two")
-        return None, ""
-    text, source = (defaults.TARGET, "by default ") if text is None else (text, "")
-    try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        raise ValueError(f"--target: got {text!r}, expected milliseconds or a percentage such as 50%") from None
-    if text.endswith("%"):
-        if not 0 <= number <= 100:
-            raise ValueError(f"--target: got {text}, expected 0% to 100%")
-        target = latency.fastest + (latency.slowest - latency.fastest) * number / 100
-        return target, f"{source}{text} of the way from the fastest path to the slowest"
-    if not number >= latency.fastest:
-        raise ValueError(f"--target: got {text} ms, expected at least the fastest path's {latency.fastest:.4g} ms")
-    return number, "as given"
-
-
-def _choose(net: nn.Module, latency: ExpectedLatency | None, target: float | None) -> tuple[dict[str, int], str]:
-    """The path to keep, and a sentence on why."""
-    ops = mixed_ops(net)
-    choices = most_probable_path(ops, latency, target)
-    if latency is None or target is None:
-        return choices, "The most likely path was kept."
-    most_likely = latency.most_likely()
-    if most_likely <= target:
-        return choices, f"The most likely path was kept: {most_likely:.4g} ms, within the target of {target:.4g} ms."
-    return choices, (
-        f"The most likely path would take {most_likely:.4g} ms, more than the target of {target:.4g} ms; the most "
-        f"probable path that does not was kept: {latency.of_choices(choices):.4g} ms."
-    )
 
 
 def _load_derived(run: Run, weights: bool = True) -> nn.Module:

@@ -55,6 +55,8 @@ class Journal:
                 newest[f"{kind}_{name}"] = value
             self._emit(step, kind, plain)
         self._pending.clear()
+        if self._file is not None:
+            self._file.flush()
         return newest
 
     def close_epoch(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ from .interrupt import Interrupt
 from .journal import Journal
 from .objective import objective
 from .optim import adam, frozen, set_cosine_lr, sgd
-from .progress import console, progress_bar, summary
+from .progress import console, progress_bar, report_epoch, summary
 from .reinforce import log_probability, reward, surrogate, update_baseline
 
 
@@ -236,13 +236,13 @@ class Search:
         if self.config.prune_below is not None and epoch >= self.config.warmup_epochs:
             for label, op in self.ops.items():
                 for name in op.prune(self.config.prune_below):
-                    console.print(f"pruned {name} of {label}")
+                    console.print(f"pruned {name} of {label}", soft_wrap=True)
         self.history.append({"epoch": epoch, **self.journal.close_epoch()})
         self.journal.write(self.step - 1, "epoch", self.history[-1])
         self.journal.write(
             self.step - 1, "alpha", {label: op.probabilities().tolist() for label, op in self.ops.items()}
         )
-        console.print(summary(self.history[-1]))
+        report_epoch(self.history[-1], self.config.warmup_epochs + self.config.epochs)
         if self.out is not None:
             self.save()
 

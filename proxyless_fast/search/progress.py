@@ -27,3 +27,9 @@ def progress_bar(description: str, total: int, completed: int = 0) -> tuple[Prog
 def summary(values: dict[str, float]) -> str:
     """Names and values in their shortest useful form."""
     return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+
+
+def report_epoch(means: dict[str, float], epochs: int) -> None:
+    """Prints one line of an epoch's means; means["epoch"] counts from 0."""
+    rest = {name: value for name, value in means.items() if name != "epoch"}
+    console.print(f"epoch {means['epoch'] + 1:.0f} of {epochs}: {summary(rest)}", soft_wrap=True)

@@ -14,7 +14,7 @@ from .config import check_numbers
 from .diagnose import require_finite
 from .journal import Journal
 from .optim import set_cosine_lr, sgd
-from .progress import console, progress_bar, summary
+from .progress import progress_bar, report_epoch, summary
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
                         progress.update(task, completed=step, note=summary(journal.flush()))
                 means = {"epoch": epoch, **journal.close_epoch()}
                 journal.write(step - 1, "epoch", means)
-                console.print(summary(means))
+                report_epoch(means, config.epochs)
     finally:
         journal.close()
     return net
