@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import sys
 
 import numpy as np
 import onnx
@@ -234,16 +235,46 @@ def test_profile_measures_every_key_once(small, profiled):
         assert name in table.header
 
 
-def test_profile_tells_heavy_operations_from_light_ones(small, profiled):
-    table, _ = profiled
-    light = table.lookup(MBConv(40, 40, 3, 1, 3).shape((7, 7, 40), 1))
-    heavy = table.lookup(MBConv(24, 40, 7, 2, 6).shape((14, 14, 24)))
-    assert 0 < light < heavy
-    assert profile_sum(small, table, 0) < profile_sum(small, table, 5)
+def additive_time(model):
+    """A machine on which a call takes 0.01 ms and every node a time of its own, whatever stands around it."""
+    sizes = {init.name: np.prod(init.dims) for init in model.graph.initializer}
+    weights = sum(1e-6 * sizes.get(name, 0) for node in model.graph.node for name in node.input)
+    pools = sum(0.004 for node in model.graph.node if node.op_type == "GlobalAveragePool")
+    additions = sum(0.003 for node in model.graph.node if node.op_type == "Add")
+    return 0.01 + weights + pools + additions
 
 
-def profile_sum(net, table, index):
-    return ExpectedLatency(net, table).of_choices({label: index for label in mixed_ops(net)})
+@pytest.mark.parametrize("slowdown", [1.0, 1.25])
+def test_block_times_add_up_to_whole_paths(monkeypatch, small, slowdown):
+    """Exactly so on an additive machine; where whole nets are slower than that, `scale` makes it up."""
+    module = sys.modules[profile.__module__]
+
+    def rounds(models, repeats, progress):
+        times = np.array([additive_time(m) for m in models])
+        whole = np.array(
+            [sum(node.op_type == "Gemm" and len(m.graph.node) > 9 for node in m.graph.node) for m in models]
+        )
+        times = np.where(whole == 1, 0.01 + (times - 0.01) * slowdown, times)
+        ms = np.tile(times, (repeats, 1))
+        ms[1] *= 7  # a slow phase, which the median passes over
+        return ms
+
+    monkeypatch.setattr(module, "Session", lambda model, threads: model)
+    monkeypatch.setattr(module, "_rounds", rounds)
+    table = profile(small, repeats=5)
+    assert table.header["overhead"] == pytest.approx(0.01)
+    assert table.header["scale"] == pytest.approx(slowdown)
+    assert table.header["path_error"] < 1e-6
+    generator = torch.Generator().manual_seed(3)
+    expected = ExpectedLatency(small, table)
+    for _ in range(4):
+        choices = sample(small, generator=generator)
+        net = derive(small, choices)
+        whole = 0.01 + (additive_time(build(net, (1, 28, 28))) - 0.01) * slowdown
+        assert expected.of_choices(choices) == pytest.approx(whole, rel=1e-6)
+    op = mixed_ops(small)["blocks.2"].candidates[1]
+    alone = additive_time(build(op, (24, 14, 14))) - 0.01
+    assert table.lookup(op.shape((14, 14, 24), 1)) == pytest.approx(slowdown * (alone + 0.003), rel=1e-6)
 
 
 def test_a_derived_net_is_profiled_as_it_stands(small):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import mixed_ops
-from .layers import layers_of
+from ..mixed import MixedOp
+from ..shapes import layers
 from .table import LatencyTable
 
 
@@ -21,16 +22,20 @@ class ExpectedLatency:
     """
 
     def __init__(self, net: nn.Module, table: LatencyTable) -> None:
-        layers = layers_of(net)
-        shapes = [shape for layer in layers for shape in layer.choices if shape is not None]
+        found = layers(net)
+        shapes = [shape for layer in found for shape in layer.choices if shape is not None]
         ms = dict(zip((shape.key for shape in shapes), table.lookup_all(shapes), strict=True))
-        times = [[0.0 if shape is None else ms[shape.key] for shape in layer.choices] for layer in layers]
-        self.fixed = table.overhead + sum(t[0] for t, layer in zip(times, layers, strict=True) if layer.mixed is None)
         labels = {id(op): label for label, op in mixed_ops(net).items()}
-        self._ops = {labels[id(layer.mixed)]: layer.mixed for layer in layers if layer.mixed is not None}
-        self._times = {
-            labels[id(layer.mixed)]: row for row, layer in zip(times, layers, strict=True) if layer.mixed is not None
-        }
+        self.fixed = table.overhead
+        self._ops: dict[str, MixedOp] = {}
+        self._times: dict[str, list[float]] = {}
+        for layer in found:
+            times = [0.0 if shape is None else ms[shape.key] for shape in layer.choices]
+            if layer.mixed is None:
+                self.fixed += times[0]
+            else:
+                label = labels[id(layer.mixed)]
+                self._ops[label], self._times[label] = layer.mixed, times
         self._vector = torch.tensor([t for row in self._times.values() for t in row])
 
     def __call__(self) -> Tensor:

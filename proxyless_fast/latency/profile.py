@@ -18,11 +18,11 @@ from torch import nn
 from ..blocks import LinearLayer, ResidualBlock, Zero
 from ..export.graph import build, input_shape_of
 from ..gates import derive, mixed_ops
-from ..shapes import Layer, OpShape
-from .layers import layers_of
+from ..shapes import OpShape, layers
 from .table import LatencyTable
 
-BURST_MS = 2.0  # a session runs for at least this long per round, so that the clock's own cost does not count
+BURST_MS = 2.0  # a graph runs for at least this long per round, so that the clock's own cost does not count
+WHOLE_BURST_MS = 20.0  # where one net alone is measured, so that its rounds too are spread over some time
 PATHS = 12  # whole paths measured beside the blocks
 FRAME_CHANNELS = 8  # input channels of the convolution before a block
 
@@ -50,7 +50,7 @@ def profile(
     if runtime != "onnxruntime":
         raise ValueError(f"runtime must be 'onnxruntime', got {runtime!r}")
     _check(threads=threads, repeats=repeats)
-    blocks = _distinct(layers_of(net))
+    blocks = _distinct(net)
     channels_first = input_shape_of(net)
     image = (*channels_first[1:], channels_first[0])
     frames = {shape.input: _frame(shape.input, image) for shape, _ in blocks.values()}
@@ -95,7 +95,7 @@ def measure(
         if not Path(net).is_file():
             raise FileNotFoundError(f"no ONNX file at {net}")
         model = onnx.load(str(net))
-    return float(np.median(_rounds([Session(model, threads, input_shape)], repeats, None)))
+    return float(np.median(_rounds([Session(model, threads, input_shape)], repeats, burst_ms=WHOLE_BURST_MS)))
 
 
 class Session:
@@ -121,9 +121,11 @@ class Session:
         return self._session.run(None, self._feed)
 
 
-def _rounds(sessions: Sequence[Session], repeats: int, progress: Progress | None) -> np.ndarray:
+def _rounds(
+    sessions: Sequence[Session], repeats: int, progress: Progress | None = None, burst_ms: float = BURST_MS
+) -> np.ndarray:
     """Milliseconds (repeats, sessions): in each round every session once, in random order, for at least a burst."""
-    bursts = [max(3, round(BURST_MS / max(_time(s, 1, warm=3), 1e-4))) for s in sessions]
+    bursts = [max(3, round(burst_ms / max(_time(s, 1, warm=3), 1e-4))) for s in sessions]
     order = random.Random(0)
     ms = np.empty((repeats, len(sessions)))
     for r in range(repeats):
@@ -144,10 +146,10 @@ def _time(session: Session, count: int, warm: int) -> float:
     return (time.perf_counter() - start) / count * 1e3
 
 
-def _distinct(layers: Sequence[Layer]) -> dict[str, tuple[OpShape, nn.Module]]:
+def _distinct(net: nn.Module) -> dict[str, tuple[OpShape, nn.Module]]:
     """The operations to measure, by key, each as a net runs it: with the addition where it has a shortcut."""
     found: dict[str, tuple[OpShape, nn.Module]] = {}
-    for layer in layers:
+    for layer in layers(net):
         for shape, module in zip(layer.choices, layer.modules, strict=True):
             if shape is not None and shape.key not in found:
                 added = bool(dict(shape.attributes).get("idskip"))
@@ -181,7 +183,7 @@ def _paths(net: nn.Module) -> list[dict[str, int]]:
 
 def _keys(net: nn.Module, choices: dict[str, int]) -> list[str]:
     labels = {id(op): label for label, op in mixed_ops(net).items()}
-    shapes = (layer.choices[0 if layer.mixed is None else choices[labels[id(layer.mixed)]]] for layer in layers_of(net))
+    shapes = (layer.choices[0 if layer.mixed is None else choices[labels[id(layer.mixed)]]] for layer in layers(net))
     return [shape.key for shape in shapes if shape is not None]
 
 
