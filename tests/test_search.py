@@ -294,6 +294,15 @@ def test_latency_term_adds_its_gradient():
         torch.testing.assert_close(with_term - without, alpha.grad, atol=1e-7, rtol=1e-5)
 
 
+def test_the_log_keeps_no_graph():
+    net, (train_batches, valid) = ToyNet(), toy_loaders()
+    search = Search(net, train_batches, valid, config(), toy_times(net))
+    search.weight_step(*next(iter(train_batches)))
+    search.arch_step(*next(iter(valid)))
+    noted = [value for _, _, values in search.journal._pending for value in values.values()]
+    assert len(noted) == 3 + 5 and not any(getattr(value, "requires_grad", False) for value in noted)
+
+
 def test_vectors_are_not_decayed():
     net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
     optimizer = sgd(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)

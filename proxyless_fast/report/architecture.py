@@ -44,7 +44,7 @@ def block_lines(blocks: list[dict[str, Any]]) -> list[str]:
 
 def _operation(block: dict[str, Any]) -> str:
     if "input" not in block:
-        note = "removed, the shortcut stays" if block["name"] == "Zero" else "costs nothing"
+        note = "removed" if block["name"] == "Zero" else "costs nothing"
         return f"{block['name']:<14} {note:<55}"
     (height, width, cin), out = block["input"], block["output"]
     parts = [f"{height}x{width}", f"{cin:>3} -> {out[-1]:<3}", f"stride {block.get('stride', 1)}"]

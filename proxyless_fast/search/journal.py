@@ -32,7 +32,9 @@ class Journal:
 
     def add(self, step: int, kind: str, **values: Tensor | float | None) -> None:
         """Notes scalars (tensors stay on their device) of one step; None is left out."""
-        self._pending.append((step, kind, {k: v for k, v in values.items() if v is not None}))
+        # Detached: a loss kept with its graph would keep the graph.
+        plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items() if v is not None}
+        self._pending.append((step, kind, plain))
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Writes one record of plain values at once, after those that were noted before it."""
@@ -41,9 +43,7 @@ class Journal:
 
     def flush(self) -> dict[str, float]:
         """Fetches all that was noted since the last flush in one copy, writes it, and returns the newest values."""
-        tensors = [
-            v.detach().float().reshape(()) for _, _, vs in self._pending for v in vs.values() if isinstance(v, Tensor)
-        ]
+        tensors = [v.float().reshape(()) for _, _, vs in self._pending for v in vs.values() if isinstance(v, Tensor)]
         fetched = iter(torch.stack(tensors).tolist() if tensors else ())
         newest = {}
         for step, kind, values in self._pending:
