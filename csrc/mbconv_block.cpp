@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 
+#include "activation.h"
 #include "mbconv.h"
 #include "workspace.h"
 
@@ -131,9 +132,7 @@ Arguments check(const char* op, const Tensor& x, at::TensorList params, const st
   check_vector(op, "the second beta", a.b2, ch, x);
   check_vector(op, "the third gamma", a.g3, a.wp.size(0), x);
   check_vector(op, "the third beta", a.b3, a.wp.size(0), x);
-  static const char* known[] = {"relu6", "relu", "identity", "silu", "hardswish"};
-  TORCH_CHECK_VALUE(std::find(std::begin(known), std::end(known), activation) != std::end(known), op,
-                    ": activation must be relu6, relu, identity, silu or hardswish, got '", activation, "'");
+  check_activation(op, activation);
   TORCH_CHECK_VALUE(eps >= 0, op, ": eps must not be negative, got ", eps);
   if (training) {
     const int64_t out = x.size(0) * ((x.size(2) - 1) / stride + 1) * ((x.size(3) - 1) / stride + 1);
@@ -175,12 +174,8 @@ Block<T>::Block(const Arguments& arguments) : a(arguments) {
   f.ch = a.wd.size(0), f.co = a.wp.size(0), f.kernel = a.wd.size(2), f.stride = a.stride;
   f.ho = (f.h - 1) / f.stride + 1, f.wo = (f.w - 1) / f.stride + 1;
   f.expand = a.expand();
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  f.activation = a.activation == "silu"        ? cpu::Activation::silu
-                 : a.activation == "hardswish" ? cpu::Activation::hardswish
-                                               : cpu::Activation::clamp;
-  f.low = a.activation == "relu6" || a.activation == "relu" ? T(0) : -infinity;
-  f.high = a.activation == "relu6" ? T(6) : infinity;
+  const auto act = activation_of<T>(a.activation);
+  f.activation = act.kind, f.low = act.low, f.high = act.high;
   f.x = x.const_data_ptr<T>();
   f.center = a.mean.defined() ? per_channel(to_doubles(a.mean)) : take(blocks(f.ci) * lanes);
   T* taps = take(blocks(f.ch) * lanes * f.kernel * f.kernel);

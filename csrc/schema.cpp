@@ -19,6 +19,15 @@ TORCH_LIBRARY(proxyless_fast, m) {
   m.def(
       "mbconv_probe(Tensor x, Tensor grad, Tensor[] params, Tensor(a!)[] running, int[] sizes, Tensor? mean, Tensor? cov, "
       "int stride, str activation, bool training, float momentum, float eps) -> Tensor");
+
+  // statistics: mean and variance in use, one after the other, float64; running: both, read only if not training.
+  m.def(
+      "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor[] running, str activation, bool training, "
+      "float eps) -> (Tensor out, Tensor statistics)");
+  m.def(
+      "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor statistics, str activation, "
+      "bool training, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
   m.def(
       "update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/batch_norm.h"
 #include "cpu/mbconv.h"
 
 namespace pf::cpu {
@@ -66,6 +67,17 @@ struct KernelsFor {
   // scratch: 2 * backward_pixels * 16 * blocks(ci).
   void (*finish_dx)(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, T* dx,
                     T* scratch);
+
+  // A batch norm with its activation (cpu/batch_norm.h) over rows of channels; sums are added to what they point at.
+
+  // Merges the rows into the moments; the caller adds the rows to their count.
+  void (*norm_moments)(const T* x, int64_t rows, int64_t channels, const Moments& moments);
+  void (*norm_forward)(const BatchNorm<T>& f, const T* x, int64_t rows, T* out);
+  // With g the gradient before the activation: sum(g) and sum(g (x - mean)).
+  void (*norm_sums)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, double* sum, double* sum_x);
+  // dx = scale * g + slope * (x - mean) + offset; slope and offset are [blocks(channels)][16].
+  void (*norm_backward)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, const T* slope,
+                        const T* offset, T* dx);
 };
 
 int64_t gram_scratch(int64_t channels);

@@ -28,7 +28,8 @@ template <typename T, Activation A>
 struct Act {
   using V = Vec<T>;
   V low, high;
-  explicit PF_INLINE Act(const MBConv<T>& f) : low(V::broadcast(f.low)), high(V::broadcast(f.high)) {}
+  template <typename Params>
+  explicit PF_INLINE Act(const Params& f) : low(V::broadcast(f.low)), high(V::broadcast(f.high)) {}
 
   PF_INLINE V value(V u) const {
     if constexpr (A == Activation::clamp) return clamp(u, low, high);
@@ -56,8 +57,8 @@ struct Act {
 };
 
 // Calls body(Act) with the activation of f as a compile-time choice.
-template <typename T, typename Body>
-PF_INLINE void with_activation(const MBConv<T>& f, Body body) {
+template <typename T, typename Params, typename Body>
+PF_INLINE void with_activation(const Params& f, Body body) {
   if (f.activation == Activation::silu)
     body(Act<T, Activation::silu>(f));
   else if (f.activation == Activation::hardswish)

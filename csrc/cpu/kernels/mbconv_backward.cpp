@@ -171,7 +171,7 @@ void backward_project(const MBConv<T>& f, int64_t first, int64_t last, const T* 
       product<T>(n, count,
                  {dy, n * lanes, f.project_out + b * f.co * lanes, f.co * lanes, f.co, dz + b * wide_block + p * lanes,
                   wide_block, Out::store});
-      with_activation(f, [&](auto act) {
+      with_activation<T>(f, [&](auto act) {
         for (int64_t j = 0; j < count; ++j)
           for (int64_t v = 0; v < lanes; v += w) {
             const int64_t c = (b + j) * lanes + v;
@@ -233,7 +233,7 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
       const T* hj = expanded + j * size;
       T* qj = q_out + j * size;
       if (!linear && sums.taps != nullptr) {
-        with_activation(f, [&](auto act) {
+        with_activation<T>(f, [&](auto act) {
           for (int64_t i = 0; i < size; i += w) act.value(V::load(hj + i)).store(value + i);
         });
       }
@@ -248,7 +248,7 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
                         sums.taps + (b + j) * taps * lanes, lanes);
       }
       if (!f.expand) continue;
-      with_activation(f, [&](auto act) {
+      with_activation<T>(f, [&](auto act) {
         for (int64_t v = 0; v < lanes; v += w) {
           const V bias = V::load(f.expand_bias + (b + j) * lanes + v);
           V s = V::zero(), t = V::zero();

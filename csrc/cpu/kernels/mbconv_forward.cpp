@@ -35,7 +35,7 @@ void expanded_rows(const MBConv<T>& f, int64_t image, const T* packed, int64_t p
                {packed + y * f.w * lanes, packed_block, f.expand_in + block * f.ci * lanes, f.ci * lanes, f.ci, row,
                 buffer_block, Out::clamp, f.expand_bias + block * lanes, f.low, f.high});
     if (f.activation == Activation::clamp) continue;
-    with_activation(f, [&](auto act) {
+    with_activation<T>(f, [&](auto act) {
       for (int64_t b = 0; b < count; ++b)
         for (int64_t i = 0; i < f.w * lanes; i += Vec<T>::width) {
           T* p = row + b * buffer_block + i;
@@ -71,7 +71,7 @@ void depthwise_rows(const MBConv<T>& f, int64_t first, int64_t last, const T* bu
 template <typename T>
 void activate(const MBConv<T>& f, const T* d, int64_t d_block, int64_t pixels, T* z) {
   using V = Vec<T>;
-  with_activation(f, [&](auto act) {
+  with_activation<T>(f, [&](auto act) {
     for (int64_t b = 0; b < blocks(f.ch); ++b, d += d_block, z += pixels * lanes)
       for (int64_t v = 0; v < lanes; v += V::width) {
         const int64_t c = b * lanes + v;

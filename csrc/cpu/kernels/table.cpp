@@ -1,4 +1,5 @@
 // The table that csrc/cpu/dispatch.cpp chooses from; compiled once per instruction set, like every file here.
+#include "kernels/batch_norm.h"
 #include "kernels/mbconv.h"
 #include "kernels/statistics.h"
 
@@ -18,7 +19,11 @@ constexpr KernelsFor<T> entries() {
           .pair_sums = pair_sums<T>,
           .backward_project = backward_project<T>,
           .backward_expand = backward_expand<T>,
-          .finish_dx = finish_dx<T>};
+          .finish_dx = finish_dx<T>,
+          .norm_moments = norm_moments<T>,
+          .norm_forward = norm_forward<T>,
+          .norm_sums = norm_sums<T>,
+          .norm_backward = norm_backward<T>};
 }
 
 extern const Kernels table;

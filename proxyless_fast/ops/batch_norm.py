@@ -1,0 +1,85 @@
+"""Batch norm with its activation, in two passes forward and two backward, keeping its input alone."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "relu": F.relu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "identity": lambda x: x,
+}
+
+
+def batch_norm_act_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    activation: str = "relu6",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+) -> Tensor:
+    """`batch_norm_act` in plain torch."""
+    return ACTIVATIONS[activation](F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    activation: str = "relu6",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+) -> Tensor:
+    """act(BN(x)): x (B, C, H, W) float32 or float64 on the CPU to the same shape, channels-last.
+
+    weight, bias, running_mean, running_var: (C,), as nn.BatchNorm2d has them; in training the running ones (if given)
+    move towards the batch's by momentum, with the unbiased variance. activation: relu6, relu, silu, hardswish or
+    identity. Differentiable once, in x, weight and bias. Raises ValueError for wrong shapes, dtypes or names.
+    """
+    running = [] if running_mean is None or running_var is None else [running_mean, running_var]
+    out, statistics = torch.ops.proxyless_fast.batch_norm_act(x, weight, bias, running, activation, training, eps)
+    if training and running:
+        pixels = x.numel() // x.shape[1]
+        torch.ops.proxyless_fast.update_running(statistics, running, pixels, pixels, momentum)
+    return out
+
+
+@torch.library.register_fake("proxyless_fast::batch_norm_act")
+def _(x, weight, bias, running, activation, training, eps):
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    return out, x.new_empty(2 * x.shape[1], dtype=torch.float64)
+
+
+@torch.library.register_fake("proxyless_fast::batch_norm_act_backward")
+def _(grad, x, weight, bias, statistics, activation, training, eps):
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    return dx, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, running, ctx.activation, ctx.training, ctx.eps = inputs
+    ctx.no_running = [None] * len(running)
+    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    x, weight, bias, statistics = ctx.saved_tensors
+    grads = torch.ops.proxyless_fast.batch_norm_act_backward(
+        grad, x, weight, bias, statistics, ctx.activation, ctx.training, ctx.eps
+    )
+    return *grads, ctx.no_running, None, None, None
+
+
+torch.library.register_autograd("proxyless_fast::batch_norm_act", _backward, setup_context=_setup)
