@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .engine import Norm, has_hooks, norm_of
+from .ops.batch_norm import batch_norm_act, can_run_batch_norm_act
+from .ops.mbconv import can_run_mbconv, mbconv, probe
 from .shapes import OpShape, conv_output
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.1  # the official set_bn_param defaults
@@ -55,7 +59,12 @@ class MBConv(nn.Module):
     kernel_size: odd. stride: of the depthwise convolution. expand_ratio: width of the inner tensors over in_channels;
     1 leaves the expansion out. State-dict names are the official ones (official search/modules/layers.py,
     MBInvertedConvLayer); paper section 4.1 has the candidates. Raises ValueError for wrong sizes.
+
+    Runs as one fused op where `fused(x)` says so, else module by module: the same results and running statistics.
+    policy: what the fused op keeps for backward, "fast" or "lean"; "off" never fuses (see `proxyless_fast.set_policy`).
     """
+
+    policy = "fast"
 
     def __init__(
         self,
@@ -89,9 +98,52 @@ class MBConv(nn.Module):
         return f"{self.kernel_size}x{self.kernel_size}_MBConv{self.expand_ratio}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.inverted_bottleneck is not None:
-            x = self.inverted_bottleneck(x)
-        return self.point_linear(self.depth_conv(x))
+        reason, norm = self._plan(x)
+        if reason or norm is None:
+            if self.inverted_bottleneck is not None:
+                x = self.inverted_bottleneck(x)
+            return self.point_linear(self.depth_conv(x))
+        if norm.training:
+            self._count_batch()
+        return mbconv(
+            x,
+            self._params(),
+            self._running(),
+            stride=self.stride,
+            activation=self.act,
+            policy=self.policy,
+            **norm._asdict(),
+        )
+
+    def fused(self, x: Tensor) -> tuple[bool, str]:
+        """Whether the fused op takes x: (True, ""), or (False, why not, in words)."""
+        reason, _ = self._plan(x)
+        return not reason, reason
+
+    def _plan(self, x: Tensor) -> tuple[str, Norm | None]:
+        if self.policy == "off":
+            return "the policy is 'off'", None
+        if any(has_hooks(group) or any(has_hooks(m) for m in group) for group in self._groups()):
+            return "a module inside the block has hooks, which the fused op would not run", None
+        reason, norm = norm_of([group.bn for group in self._groups()])
+        if reason:
+            return reason, None
+        return can_run_mbconv(x, self._params(), stride=self.stride, activation=self.act)[1], norm
+
+    def _groups(self) -> list[Any]:
+        first = [] if self.inverted_bottleneck is None else [self.inverted_bottleneck]
+        return [*first, self.depth_conv, self.point_linear]
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self._groups() for p in (group.conv.weight, group.bn.weight, group.bn.bias)]
+
+    def _running(self) -> list[Tensor]:
+        return [b for group in self._groups() for b in (group.bn.running_mean, group.bn.running_var)]
+
+    @torch.no_grad()
+    def _count_batch(self) -> None:
+        for group in self._groups():
+            group.bn.num_batches_tracked.add_(1)
 
     def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels); idskip 1 where the block around it adds its input."""
@@ -112,11 +164,40 @@ class MBConv(nn.Module):
         return f"{self.in_channels} -> {self.out_channels}, {self.name}, stride {self.stride}"
 
 
+def probe_fused(blocks: Sequence[tuple[int, nn.Module]], x: Tensor, grad: Tensor) -> dict[int, Tensor]:
+    """Gate gradients <grad, o(x)> of those blocks that the fused engine takes, in one call for each kind of block.
+
+    blocks: pairs of a key and a module; the result has the keys of the fused ones, and what is missing has to be run
+    module by module. Running statistics move as if each block had run. No autograd.
+    """
+    kinds: dict[tuple, list[tuple[int, MBConv]]] = {}
+    for key, block in blocks:
+        if isinstance(block, MBConv) and not has_hooks(block):
+            reason, norm = block._plan(x)
+            if not reason and norm is not None:
+                kinds.setdefault((block.stride, block.act, norm), []).append((key, block))
+    gates: dict[int, Tensor] = {}
+    for (stride, act, norm), members in kinds.items():
+        params, running = [b._params() for _, b in members], [b._running() for _, b in members]
+        values = probe(x, grad, params, running, stride=stride, activation=act, **norm._asdict())
+        for (key, block), value in zip(members, values, strict=True):
+            gates[key] = value
+            if norm.training:
+                block._count_batch()
+    return gates
+
+
 class ConvLayer(nn.Sequential):
     """Convolution, BN, activation: x (B, in, H, W) to (B, out, ceil(H/stride), ceil(W/stride)).
 
-    State-dict names conv.weight and bn.* as in the official ConvLayer. Raises ValueError for wrong sizes.
+    State-dict names conv.weight and bn.* as in the official ConvLayer. Raises ValueError for wrong sizes. BN and
+    activation run as one op where `fused` says so; policy "off" keeps them apart.
     """
+
+    policy = "fast"
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    act: nn.Module
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, act: str | None = "relu6"
@@ -132,6 +213,30 @@ class ConvLayer(nn.Sequential):
         super().__init__(OrderedDict(parts))
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.act_name = kernel_size, stride, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        reason, norm = self._plan(x)
+        if reason or norm is None:
+            x = self.bn(x)
+            return x if self.act_name is None else self.act(x)
+        if norm.training:
+            with torch.no_grad():
+                self.bn.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # norm_of has seen that it is there
+        bn = self.bn
+        return batch_norm_act(
+            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.act_name or "identity", **norm._asdict()
+        )
+
+    def _plan(self, x: Tensor) -> tuple[str, Norm | None]:
+        if self.policy == "off":
+            return "the policy is 'off'", None
+        if any(has_hooks(m) for m in self):
+            return "a module inside the layer has hooks, which the fused op would not run", None
+        reason, norm = norm_of([self.bn])
+        if reason:
+            return reason, None
+        return can_run_batch_norm_act(x, self.bn.weight, activation=self.act_name or "identity")[1], norm
 
     def shape(self, input: tuple[int, ...], kind: str = "Conv") -> OpShape:
         """Cost at input (height, width, channels), under the table's name `kind`."""

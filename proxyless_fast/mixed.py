@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .blocks import Zero
+from .blocks import Zero, probe_fused
 from .ops.statistics import dot
 
 Mode = Literal["path", "full", "two", "sum", "softmax"]
@@ -228,7 +228,7 @@ class _Gates(torch.autograd.Function):
         device, dtype, enabled = ctx.autocast
         with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
             gates = [_gate(grads, outputs)]
-            gates += [_probe(ctx.op, j, args, kwargs, grads) for j in ctx.gated[1:]]
+            gates += _probes(ctx.op, ctx.gated[1:], args, kwargs, grads)
         index = torch.tensor(ctx.gated, device=alpha.device)
         gate = torch.stack([g.to(alpha.device, alpha.dtype) for g in gates])
         p = torch.softmax(alpha[index], 0)
@@ -240,6 +240,16 @@ class _Gates(torch.autograd.Function):
 def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
     """dL/dg = <dL/d output, o>, summed over the output's tensors."""
     return torch.stack([dot(o.detach(), g) for g, o in zip(grads, outputs, strict=True) if g is not None]).sum()
+
+
+def _probes(
+    op: MixedOp, probed: Sequence[int], args: tuple, kwargs: dict, grads: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The gate gradients of the probed candidates: those the engine takes in one call, the others one at a time."""
+    fused: dict[int, Tensor] = {}
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and len(grads) == 1 and grads[0] is not None:
+        fused = probe_fused([(j, op.candidates[j]) for j in probed], args[0], grads[0])
+    return [fused[j] if j in fused else _probe(op, j, args, kwargs, grads) for j in probed]
 
 
 def _probe(op: MixedOp, j: int, args: tuple, kwargs: dict, grads: Sequence[Tensor | None]) -> Tensor:

@@ -55,6 +55,21 @@ def batch_norm_act(
     return out
 
 
+def can_run_batch_norm_act(x: Tensor, weight: Tensor, *, activation: str = "relu6") -> tuple[bool, str]:
+    """Whether the kernels take these arguments: (True, "") or (False, why not, in words)."""
+    if x.device.type != "cpu":
+        return False, f"x is on {x.device.type}, and the kernels run on the CPU"
+    if x.dtype not in (torch.float32, torch.float64) or weight.dtype != x.dtype:
+        return False, f"x is {x.dtype} and the weight {weight.dtype}; the kernels take float32 or float64, both alike"
+    if x.dim() != 4 or x.numel() == 0:
+        return False, f"x has shape {tuple(x.shape)}; the kernels take (batch, channels, height, width), not empty"
+    if activation not in ACTIVATIONS:
+        return False, f"the activation is {activation!r}; the kernels know {', '.join(ACTIVATIONS)}"
+    if torch.is_autocast_enabled("cpu"):
+        return False, "autocast is on, and the kernels would not see its lower precision"
+    return True, ""
+
+
 @torch.library.register_fake("proxyless_fast::batch_norm_act")
 def _(x, weight, bias, running, activation, training, eps):
     out = torch.empty_like(x, memory_format=torch.channels_last)
