@@ -18,7 +18,7 @@ from .interrupt import Interrupt
 from .journal import Journal
 from .objective import objective
 from .optim import adam, frozen, set_cosine_lr, sgd
-from .progress import console, progress_bar, report_epoch, summary
+from .progress import console, note, progress_bar, report_epoch
 from .reinforce import log_probability, reward, surrogate, update_baseline
 
 
@@ -143,7 +143,7 @@ class Search:
                             self.arch_step(*self._to_device(next(arch_batches)))
                         self.step += 1
                         if self.step % self.config.log_every == 0:
-                            progress.update(task, completed=self.step, note=summary(self.journal.flush()))
+                            progress.update(task, completed=self.step, note=note(self.journal.flush()))
                         if interrupt.requested:
                             break
                     if self.step % len(self.train) == 0:

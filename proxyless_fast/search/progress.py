@@ -20,8 +20,15 @@ def progress_bar(description: str, total: int, completed: int = 0) -> tuple[Prog
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     return progress, progress.add_task(description, total=total, completed=completed, note="")
+
+
+def note(newest: dict[str, float]) -> str:
+    """What fits beside the bar."""
+    shown = ("weight_loss", "train_loss", "weight_top1", "train_top1", "arch_latency", "arch_entropy")
+    return summary({name.split("_")[1]: newest[name] for name in shown if name in newest})
 
 
 def summary(values: dict[str, float]) -> str:

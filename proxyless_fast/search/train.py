@@ -14,7 +14,7 @@ from .config import check_numbers
 from .diagnose import require_finite
 from .journal import Journal
 from .optim import set_cosine_lr, sgd
-from .progress import progress_bar, report_epoch, summary
+from .progress import note, progress_bar, report_epoch
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
                     journal.add(step, "train", loss=loss, top1=top1, lr=lr)
                     step += 1
                     if logged:
-                        progress.update(task, completed=step, note=summary(journal.flush()))
+                        progress.update(task, completed=step, note=note(journal.flush()))
                 means = {"epoch": epoch, **journal.close_epoch()}
                 journal.write(step - 1, "epoch", means)
                 report_epoch(means, config.epochs)
