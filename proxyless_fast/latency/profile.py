@@ -21,8 +21,9 @@ from ..gates import derive, mixed_ops
 from ..shapes import OpShape, layers
 from .table import LatencyTable
 
-BURST_MS = 2.0  # a graph runs for at least this long per round, so that the clock's own cost does not count
-WHOLE_BURST_MS = 20.0  # where one net alone is measured, so that its rounds too are spread over some time
+BURST_MS = 0.5  # long beside the clock's own cost, short beside the time slices of other processes
+BURSTS = 5  # per graph and round, of which the best counts: the others met an interruption
+WHOLE_BURSTS = 20  # where one net alone is measured, so that its rounds too are spread over some time
 PATHS = 12  # whole paths measured beside the blocks
 FRAME_CHANNELS = 8  # input channels of the convolution before a block
 
@@ -41,11 +42,11 @@ def profile(
     net: a supernet, or a net derived from one. A block alone pays for a call and for bringing its input and output into
     the runtime's own memory layout, which inside a net it does not; so each is measured between a small convolution
     and a pooling, and their time without it is taken off. All graphs run in turn, in a new order in each of `repeats`
-    rounds, so that a slow phase of the machine meets all alike; the figure is the median over the rounds. Whole paths
-    measured in the same rounds set right what the blocks of a net take together. The header has `overhead` (ms, a
-    call's own cost), `scale` (what the blocks' times were multiplied by) and `path_error` (the largest relative error
-    of those paths, predicted against measured). progress: called with (rounds done, rounds in all). Raises ValueError
-    for wrong arguments.
+    rounds, so that a slow phase of the machine meets all alike, and in short bursts of which the best counts, so that
+    an interruption meets none; the figure is the median over the rounds. Whole paths measured in the same rounds set
+    right what the blocks of a net take together. The header has `overhead` (ms, a call's own cost), `scale` (what the
+    blocks' times were multiplied by) and `path_error` (the largest relative error of those paths, predicted against
+    measured). progress: called with (rounds done, rounds in all). Raises ValueError for wrong arguments.
     """
     if runtime != "onnxruntime":
         raise ValueError(f"runtime must be 'onnxruntime', got {runtime!r}")
@@ -81,7 +82,7 @@ def profile(
 def measure(
     net: nn.Module | str | Path, threads: int = 1, repeats: int = 30, input_shape: Sequence[int] | None = None
 ) -> float:
-    """Milliseconds of one image through a whole net in ONNX Runtime on this CPU: the median over rounds.
+    """Milliseconds of one image through a whole net in ONNX Runtime on this CPU: the median over rounds of the best burst.
 
     net: a plain net, or the path of an ONNX file with one float32 input. input_shape: (C, H, W); by default the net's
     own in_channels and resolution, or what the file says. Raises ValueError for wrong arguments and FileNotFoundError.
@@ -95,7 +96,7 @@ def measure(
         if not Path(net).is_file():
             raise FileNotFoundError(f"no ONNX file at {net}")
         model = onnx.load(str(net))
-    return float(np.median(_rounds([Session(model, threads, input_shape)], repeats, burst_ms=WHOLE_BURST_MS)))
+    return float(np.median(_rounds([Session(model, threads, input_shape)], repeats, bursts=WHOLE_BURSTS)))
 
 
 class Session:
@@ -122,28 +123,27 @@ class Session:
 
 
 def _rounds(
-    sessions: Sequence[Session], repeats: int, progress: Progress | None = None, burst_ms: float = BURST_MS
+    sessions: Sequence[Session], repeats: int, progress: Progress | None = None, bursts: int = BURSTS
 ) -> np.ndarray:
-    """Milliseconds (repeats, sessions): in each round every session once, in random order, for at least a burst."""
-    bursts = [max(3, round(burst_ms / max(_time(s, 1, warm=3), 1e-4))) for s in sessions]
+    """Milliseconds (repeats, sessions): in each round every session once, in random order, the best of its bursts."""
+    calls = [max(1, round(BURST_MS / max(_burst(s, 3), 1e-4))) for s in sessions]
     order = random.Random(0)
     ms = np.empty((repeats, len(sessions)))
     for r in range(repeats):
         for i in order.sample(range(len(sessions)), len(sessions)):
-            ms[r, i] = _time(sessions[i], bursts[i], warm=1)
+            sessions[i].run()  # warms the caches that other sessions have used
+            ms[r, i] = min(_burst(sessions[i], calls[i]) for _ in range(bursts))
         if progress is not None:
             progress(r + 1, repeats)
     return ms
 
 
-def _time(session: Session, count: int, warm: int) -> float:
-    """Milliseconds a call, over `count` calls after `warm` that do not count."""
-    for _ in range(warm):
-        session.run()
+def _burst(session: Session, calls: int) -> float:
+    """Milliseconds a call, over `calls` calls."""
     start = time.perf_counter()
-    for _ in range(count):
+    for _ in range(calls):
         session.run()
-    return (time.perf_counter() - start) / count * 1e3
+    return (time.perf_counter() - start) / calls * 1e3
 
 
 def _distinct(net: nn.Module) -> dict[str, tuple[OpShape, nn.Module]]:
