@@ -82,7 +82,7 @@ def profile(
 def measure(
     net: nn.Module | str | Path, threads: int = 1, repeats: int = 30, input_shape: Sequence[int] | None = None
 ) -> float:
-    """Milliseconds of one image through a whole net in ONNX Runtime on this CPU: the median over rounds of the best burst.
+    """Milliseconds of one image through a whole net in ONNX Runtime on this CPU: the median of the rounds' best bursts.
 
     net: a plain net, or the path of an ONNX file with one float32 input. input_shape: (C, H, W); by default the net's
     own in_channels and resolution, or what the file says. Raises ValueError for wrong arguments and FileNotFoundError.
