@@ -2,10 +2,14 @@
 
 import torch  # noqa: F401  (loads libtorch, which the extension links against)
 
-from . import _C, ops, spaces  # type: ignore[attr-defined]  # _C is compiled
+from . import _C, data, export, latency, ops, report, search, spaces  # type: ignore[attr-defined]  # _C is compiled
 from .blocks import Identity, MBConv, Zero, candidate
+from .export import from_official
 from .gates import activate_most_likely, arch_parameters, derive, mixed_ops, rescale, sample, weight_parameters
+from .latency import LatencyTable, expected_latency, profile
 from .mixed import MixedOp
+from .policy import set_policy
+from .search import Search, SearchConfig, objective
 from .shapes import macs, parameters
 
 __version__ = "0.1.0"
@@ -14,21 +18,34 @@ instruction_set = _C.instruction_set
 
 __all__ = [
     "Identity",
+    "LatencyTable",
     "MBConv",
     "MixedOp",
+    "Search",
+    "SearchConfig",
     "Zero",
     "activate_most_likely",
     "arch_parameters",
     "build_info",
     "candidate",
+    "data",
     "derive",
+    "expected_latency",
+    "export",
+    "from_official",
     "instruction_set",
+    "latency",
     "macs",
     "mixed_ops",
+    "objective",
     "ops",
     "parameters",
+    "profile",
+    "report",
     "rescale",
     "sample",
+    "search",
+    "set_policy",
     "spaces",
     "weight_parameters",
 ]

@@ -1,0 +1,153 @@
+"""Blocks and mixed ops through the fused engine: the same results, statistics and state as module by module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import proxyless_fast as pf
+from proxyless_fast.blocks import ConvLayer, probe_fused
+
+KINDS = [("3x3_MBConv3", 6, 6, 1), ("5x5_MBConv6", 5, 9, 2), ("7x7_MBConv1", 8, 8, 1), ("3x3_MBConv1", 7, 3, 2)]
+
+
+def results(module, x, g):
+    module = copy.deepcopy(module)
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    y.backward(g)
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **grads, **{f"state {k}": v for k, v in module.state_dict().items()}}
+
+
+def assert_same(ours, expected):
+    assert ours.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def off(module):
+    module = copy.deepcopy(module)
+    pf.set_policy(module, "off")
+    return module
+
+
+@pytest.mark.parametrize("policy", ["fast", "lean"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name, cin, cout, stride", KINDS)
+def test_a_block_is_its_modules(name, cin, cout, stride, training, policy):
+    block = pf.candidate(name, cin, cout, stride).double().train(training)
+    pf.set_policy(block, policy)
+    x = torch.randn(3, cin, 9, 11, dtype=torch.float64)
+    g = torch.randn_like(off(block)(x))
+    assert block.fused(x) == (True, "")
+    assert_same(results(block, x, g), results(off(block), x, g))
+
+
+@pytest.mark.parametrize("act", ["relu6", "relu", "silu", "hardswish", None])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_conv_layer_is_its_modules(act, training):
+    layer = ConvLayer(3, 10, 3, 2, act=act).double().train(training)
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    g = torch.randn_like(off(layer)(x))
+    assert_same(results(layer, x, g), results(off(layer), x, g))
+
+
+def test_a_frozen_block_computes_the_input_gradient_alone():
+    block = pf.MBConv(6, 6).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(off(block)(x).square().sum(), x)[0]
+    block.requires_grad_(False)
+    block(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("mode", ["full", "two"])
+def test_a_mixed_op_of_fused_and_other_candidates(mode):
+    names = ["3x3_MBConv3", "3x3_DepthConv", "7x7_MBConv6", "Identity", "5x5_MBConv1", "Zero"]
+    op = pf.MixedOp({n: pf.candidate(n, 6, 6) for n in names}).double()
+    with torch.no_grad():
+        op.alpha.copy_(torch.randn(6))
+    x, g = torch.randn(2, 3, 6, 7, 8, dtype=torch.float64)
+    for active in range(6):
+        op.activate(active, mode=mode, partner=(active + 2) % 6 if mode == "two" else None)
+        assert_same(results(op, x, g), results(off(op), x, g))
+
+
+def test_a_net():
+    net = pf.spaces.small(resolution=12).double()
+    x = torch.randn(4, 1, 12, 12, dtype=torch.float64)
+    g = torch.randn(4, 10, dtype=torch.float64)
+    for seed, mode in enumerate(["path", "full", "two"]):
+        pf.sample(net, mode, torch.Generator().manual_seed(seed))
+        ours, expected = results(net, x, g), results(off(net), x, g)
+        assert_same(
+            {k: v for k, v in ours.items() if v is not None}, {k: v for k, v in expected.items() if v is not None}
+        )
+
+
+def test_probes_go_to_the_engine_in_one_call(monkeypatch):
+    names = ["3x3_MBConv3", "5x5_MBConv6", "7x7_MBConv3", "3x3_MBConv1", "Zero"]
+    op = pf.MixedOp({n: pf.candidate(n, 4, 4) for n in names})
+    calls = []
+    real = torch.ops.proxyless_fast.mbconv_probe
+    import proxyless_fast.blocks as blocks
+
+    monkeypatch.setattr(
+        blocks, "probe", lambda x, g, params, *a, **k: calls.append(len(params)) or pf.ops.probe(x, g, params, *a, **k)
+    )
+    op.activate(1, mode="full")
+    op(torch.randn(2, 4, 6, 6)).sum().backward()
+    assert calls == [3] and real is not None
+
+
+def reasons(block, x):
+    fused, reason = block.fused(x)
+    assert not fused
+    return reason
+
+
+def test_why_not():
+    block, x = pf.MBConv(4, 4), torch.randn(2, 4, 6, 6)
+    assert block.fused(x) == (True, "")
+    assert "float16" in reasons(block, x.half())
+    assert "'off'" in reasons(off(block), x)
+    assert "11" in reasons(pf.MBConv(4, 4, 11), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in reasons(block, x)
+    mixed = copy.deepcopy(block)
+    mixed.depth_conv.bn.eval()
+    assert "differ" in reasons(mixed, x)
+    hooked = copy.deepcopy(block)
+    hooked.depth_conv.register_forward_hook(lambda *_: None)
+    assert "hooks" in reasons(hooked, x)
+    other = copy.deepcopy(block)
+    other.point_linear.bn = nn.SyncBatchNorm(4)
+    assert "SyncBatchNorm" in reasons(other, x)
+    cumulative = copy.deepcopy(block)
+    cumulative.point_linear.bn.momentum = None
+    assert "momentum" in reasons(cumulative, x)
+    assert probe_fused([(0, hooked), (1, nn.ReLU())], x, x) == {}
+
+
+def test_auto_spends_its_budget_where_recomputing_costs_most():
+    net = pf.spaces.mobile(num_classes=3, resolution=64)
+    size = 2 * 2 * 2 * 192 * 6 * 4  # one path's d in a 2x2 layer of 192 channels, batch 2, float32
+    pf.set_policy(net, "auto", budget=3 * size, batch_size=2)
+    fast = [i for i, b in enumerate(net.blocks[1:], 1) if b.mobile_inverted_conv.candidates[0].policy == "fast"]
+    assert fast == [18, 19, 20]
+    pf.set_policy(net, "auto", budget=1 << 40, batch_size=2)
+    assert all(m.policy == "fast" for m in net.modules() if isinstance(m, pf.MBConv))
+    pf.set_policy(net, "auto", budget=0, batch_size=2)
+    assert all(m.policy == "lean" for m in net.modules() if isinstance(m, pf.MBConv))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(("faster",), "policy must be one of"), (("auto",), "budget and batch_size"), (("lean", 3, 4), "budget")],
+)
+def test_wrong_policies(arguments, message):
+    policy, *rest = arguments
+    with pytest.raises(ValueError, match=message):
+        pf.set_policy(pf.MBConv(4, 4), policy, **dict(zip(("budget", "batch_size"), rest, strict=False)))
