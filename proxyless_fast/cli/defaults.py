@@ -10,7 +10,7 @@ DATA = {"small": "fashion-mnist", "cell": "fashion-mnist", "mobile": None}
 # A net of small images takes well under 1 ms, where the logarithm of "mul_log" has no sense: hence "add_linear".
 SEARCH: dict[str, dict[str, Any]] = {
     "small": {
-        "epochs": 1, "warmup_epochs": 1, "lr": 0.1, "arch_every": 2, "arch_lr": 0.03, "label_smoothing": 0.0,
+        "epochs": 2, "warmup_epochs": 1, "lr": 0.1, "arch_every": 2, "arch_lr": 0.03, "label_smoothing": 0.0,
         "objective": "add_linear", "weight": 0.1,
     },
     "cell": {
@@ -21,7 +21,7 @@ SEARCH: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 TRAIN: dict[str, dict[str, Any]] = {
-    "small": {"epochs": 4, "lr": 0.1, "label_smoothing": 0.0},
+    "small": {"epochs": 5, "lr": 0.1, "label_smoothing": 0.0},
     "cell": {"epochs": 100, "lr": 0.1, "label_smoothing": 0.0},
     "mobile": {},
 }
