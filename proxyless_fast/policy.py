@@ -41,7 +41,7 @@ def _spend(net: nn.Module, budget: int, batch_size: int) -> None:
         if not blocks or shape is None:
             continue
         pixels = batch_size * shape.output[0] * shape.output[1]
-        size = max(b.in_channels * b.expand_ratio * b.point_linear.conv.weight.element_size() for b in blocks) * pixels
+        size = max(b.in_channels * b.expand_ratio * next(b.parameters()).element_size() for b in blocks) * pixels
         first = blocks[0]
         work = first.in_channels * first.stride**2 + max(b.kernel_size for b in blocks) ** 2  # for each value of d
         offers.append((work, size, blocks))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import proxyless_fast as pf
+from proxyless_fast import blocks
 from proxyless_fast.blocks import ConvLayer, probe_fused
 
 KINDS = [("3x3_MBConv3", 6, 6, 1), ("5x5_MBConv6", 5, 9, 2), ("7x7_MBConv1", 8, 8, 1), ("3x3_MBConv1", 7, 3, 2)]
@@ -82,24 +83,24 @@ def test_a_net():
     for seed, mode in enumerate(["path", "full", "two"]):
         pf.sample(net, mode, torch.Generator().manual_seed(seed))
         ours, expected = results(net, x, g), results(off(net), x, g)
-        assert_same(
-            {k: v for k, v in ours.items() if v is not None}, {k: v for k, v in expected.items() if v is not None}
-        )
+        assert [k for k, v in ours.items() if v is None] == [k for k, v in expected.items() if v is None]
+        ran = [k for k, v in expected.items() if v is not None]
+        assert_same({k: ours[k] for k in ran}, {k: expected[k] for k in ran})
 
 
 def test_probes_go_to_the_engine_in_one_call(monkeypatch):
     names = ["3x3_MBConv3", "5x5_MBConv6", "7x7_MBConv3", "3x3_MBConv1", "Zero"]
     op = pf.MixedOp({n: pf.candidate(n, 4, 4) for n in names})
     calls = []
-    real = torch.ops.proxyless_fast.mbconv_probe
-    import proxyless_fast.blocks as blocks
 
-    monkeypatch.setattr(
-        blocks, "probe", lambda x, g, params, *a, **k: calls.append(len(params)) or pf.ops.probe(x, g, params, *a, **k)
-    )
+    def counted(x, grad, params, *rest, **options):
+        calls.append(len(params))
+        return pf.ops.probe(x, grad, params, *rest, **options)
+
+    monkeypatch.setattr(blocks, "probe", counted)
     op.activate(1, mode="full")
     op(torch.randn(2, 4, 6, 6)).sum().backward()
-    assert calls == [3] and real is not None
+    assert calls == [3]
 
 
 def reasons(block, x):
@@ -134,9 +135,9 @@ def test_why_not():
 def test_auto_spends_its_budget_where_recomputing_costs_most():
     net = pf.spaces.mobile(num_classes=3, resolution=64)
     size = 2 * 2 * 2 * 192 * 6 * 4  # one path's d in a 2x2 layer of 192 channels, batch 2, float32
-    pf.set_policy(net, "auto", budget=3 * size, batch_size=2)
+    pf.set_policy(net, "auto", budget=5 * size // 2, batch_size=2)  # block 17 is half as wide, and comes first
     fast = [i for i, b in enumerate(net.blocks[1:], 1) if b.mobile_inverted_conv.candidates[0].policy == "fast"]
-    assert fast == [18, 19, 20]
+    assert fast == [17, 18, 19]
     pf.set_policy(net, "auto", budget=1 << 40, batch_size=2)
     assert all(m.policy == "fast" for m in net.modules() if isinstance(m, pf.MBConv))
     pf.set_policy(net, "auto", budget=0, batch_size=2)

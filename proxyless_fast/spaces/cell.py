@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import ConvLayer, LinearLayer, ReluConv, candidate
+from ..blocks import BN_EPS, BN_MOMENTUM, ConvLayer, LinearLayer, ReluConv, candidate
 from ..mixed import MixedOp
 from ..shapes import Layer, OpShape, conv_output
 from .chain import choices_of, initialise
@@ -119,7 +119,9 @@ class CellNet(nn.Module):
                 body.append(Cell(edges))
                 count += 1
         self.body = nn.ModuleList(body)
-        self.lastact = nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(width), act=nn.ReLU(inplace=True)))
+        self.lastact = nn.Sequential(
+            OrderedDict(bn=nn.BatchNorm2d(width, eps=BN_EPS, momentum=BN_MOMENTUM), act=nn.ReLU(inplace=True))
+        )
         self.global_avg_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = LinearLayer(width, num_classes)
         initialise(self)
