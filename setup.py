@@ -1,6 +1,7 @@
 """Builds proxyless_fast._C with CMake and ninja against the torch of the running environment."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,25 @@ def _require(module: str):
             f"proxyless_fast: the build needs the package {module!r} in this environment; install it and run "
             "`pip install --no-build-isolation .`"
         )
+
+
+def _cuda_options(torch) -> list[str]:
+    """CMake's view of TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", also blank-separated), FORCE_CUDA and CUDA_HOME."""
+    architectures = []
+    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            sys.exit(f"proxyless_fast: TORCH_CUDA_ARCH_LIST has {entry!r}; entries look like 8.0, 9.0a or 10.0+PTX.")
+        architectures.append("".join(part or "" for part in match.groups()))
+    home = os.environ.get("CUDA_HOME")
+    if home and "CUDACXX" not in os.environ:
+        os.environ["CUDACXX"] = str(Path(home) / "bin" / "nvcc")
+    return [
+        # ROCm builds have torch.version.hip and no torch.version.cuda: the GPU path there is Triton alone.
+        f"-DTORCH_CUDA_VERSION={(torch.version.cuda or '').split('.')[0]}",
+        f"-DCUDA_ARCHITECTURES={';'.join(architectures)}",
+        f"-DFORCE_CUDA={'ON' if os.environ.get('FORCE_CUDA', '0') not in ('', '0') else 'OFF'}",
+    ]
 
 
 class CMakeBuild(build_ext):
@@ -51,6 +71,7 @@ class CMakeBuild(build_ext):
                 f"-DTORCH_LIBRARY_DIR={cpp_extension.library_paths()[0]}",
                 f"-DTORCH_CXX_STANDARD={standard}",
                 f"-DTORCH_VERSION={torch.__version__}",
+                *_cuda_options(torch),
             ],
             check=True,
         )  # fmt: skip
@@ -59,4 +80,7 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / output.name, output)
 
 
-setup(ext_modules=[Extension("proxyless_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+try:
+    setup(ext_modules=[Extension("proxyless_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+except subprocess.CalledProcessError:
+    sys.exit("proxyless_fast: the extension was not built; the first error above says why.")

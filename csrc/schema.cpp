@@ -30,4 +30,18 @@ TORCH_LIBRARY(proxyless_fast, m) {
 
   m.def(
       "update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
+
+  // Depthwise convolution with batch-norm prologues: depthwise.cpp for every device, cuda/ where it is built.
+  m.def(
+      "depthwise_forward(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride)"
+      " -> (Tensor d, Tensor mean, Tensor var)");
+  m.def(
+      "depthwise_backward(Tensor dz, Tensor? d, Tensor? affine, Tensor x, Tensor? scale, Tensor? shift, Tensor weight,"
+      " int stride, bool mask) -> (Tensor q, Tensor dw)");
+  m.def(
+      "depthwise_backward_input(Tensor dz, Tensor? d, Tensor? affine, Tensor x, Tensor? scale, Tensor? shift,"
+      " Tensor weight, int stride, bool mask) -> Tensor");
+  m.def(
+      "depthwise_backward_weight(Tensor dz, Tensor? d, Tensor? affine, Tensor x, Tensor? scale, Tensor? shift,"
+      " Tensor weight, int stride) -> Tensor");
 }

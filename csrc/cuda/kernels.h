@@ -1,0 +1,60 @@
+// What the host entries hand to the depthwise kernels. No torch and no CUDA header: the kernels, the host entries and
+// the emulation of the tests all include it.
+#pragma once
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace pf::cuda {
+
+enum class Type { f16, bf16, f32, f64 };  // f64 exists in the emulation only
+
+struct Depthwise {
+  Type type;
+  int batch, channels, height, width, out_height, out_width, kernel, stride;
+};
+
+// A thread block walks the tiles group, group + groups, ... of one chunk of channels: tiles of the output (forward) or
+// of the input (backward).
+struct Tiling {
+  int height, width;  // of a tile, in pixels
+  int down, across;   // tiles per image
+  int groups, chunks;
+  int threads, shared_bytes;
+  constexpr int64_t tiles(const Depthwise& s) const { return int64_t{s.batch} * down * across; }
+};
+
+inline constexpr int chunk_bytes = 64;  // of channels per pixel in a tile: two sectors of memory
+inline constexpr int quad = 4;          // channels a thread works on
+inline constexpr int max_threads = 256;
+// Columns a thread works on. Every width of the 224 x 224 and 28 x 28 spaces is a multiple of 7; the backward of stride
+// 2 needs an even number.
+inline constexpr int forward_strip = 7;
+constexpr int backward_strip(int stride) { return stride == 1 ? 7 : 8; }
+
+Tiling forward_tiling(const Depthwise& shape);
+Tiling backward_tiling(const Depthwise& shape);
+
+// Of the accumulation type (float; double for f64): scale, shift, affine, partial, mean, var, dw. weight is of that
+// type too where wide_weight says so. vectors: every pointer and every pixel starts on 16 bytes.
+struct Forward {
+  Depthwise shape;
+  Tiling tiling;
+  const void *x, *weight, *scale, *shift;
+  void *d, *partial, *mean, *var;  // partial: (groups, 3, channels), count, mean and squares about it
+  bool wide_weight, vectors;
+};
+
+struct Backward {
+  Depthwise shape;
+  Tiling tiling;
+  const void *dz, *d, *affine, *x, *scale, *shift, *weight;
+  void *q, *partial, *dw;  // q or partial and dw may be null; partial: (groups, kernel * kernel, channels)
+  bool mask, wide_weight, vectors;
+};
+
+// Both passes of each; errors stay in cudaGetLastError.
+void launch(const Forward& arguments, CUstream_st* stream);
+void launch(const Backward& arguments, CUstream_st* stream);
+
+}  // namespace pf::cuda

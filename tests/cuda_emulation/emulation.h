@@ -1,0 +1,129 @@
+// CUDA for one block at a time on the CPU: as many threads as the block has, a barrier, shared memory of exactly the
+// size asked for (so that AddressSanitizer sees what reaches over it) and filled with NaN (so that results show what was
+// read before it was written). Real threads, so that ThreadSanitizer sees a missing __syncthreads().
+#pragma once
+#include <pthread.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define PF_EMULATION
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define PF_SHARED(name) unsigned char* name = pf::emulation::block->shared.get()
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+inline thread_local dim3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace pf::emulation {
+
+struct FreeShared {
+  void operator()(unsigned char* p) const { std::free(p); }
+};
+
+struct Block {
+  pthread_barrier_t barrier;
+  std::unique_ptr<unsigned char, FreeShared> shared;
+};
+
+inline Block* block = nullptr;
+
+inline void barrier() { pthread_barrier_wait(&block->barrier); }
+
+// kernel<<<grid, threads, shared_bytes>>>(), block after block.
+template <typename Kernel>
+void launch(dim3 grid, int threads, int shared_bytes, const Kernel& kernel) {
+  Block state;
+  block = &state;
+  gridDim = grid;
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  pthread_barrier_init(&state.barrier, nullptr, static_cast<unsigned>(threads));
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t)
+    pool.emplace_back([&, t] {
+      threadIdx = {static_cast<unsigned>(t), 0, 0};
+      for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) {
+          if (t == 0) {
+            state.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(16, static_cast<size_t>(shared_bytes))));
+            std::memset(state.shared.get(), 0xff, static_cast<size_t>(shared_bytes));
+          }
+          barrier();
+          blockIdx = {x, y, 0};
+          kernel();
+          barrier();
+        }
+    });
+  for (auto& thread : pool) thread.join();
+  pthread_barrier_destroy(&state.barrier);
+}
+
+}  // namespace pf::emulation
+
+inline void __syncthreads() { pf::emulation::barrier(); }
+
+namespace pf::cuda {
+
+// The two half types, as bits; narrowing rounds to the nearest, ties to even, as the device does.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline float widen(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+
+inline float widen(Half x) {
+  const int exponent = x.bits >> 10 & 31;
+  const float mantissa = static_cast<float>(x.bits & 1023);
+  float value = std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 0) value = std::ldexp(mantissa, -24);
+  if (exponent == 31) value = mantissa == 0 ? INFINITY : NAN;
+  return (x.bits & 0x8000) != 0 ? -value : value;
+}
+
+inline void narrow(float x, BFloat16& y) {
+  const uint32_t bits = to_bits(x), odd = bits >> 16 & 1;
+  y.bits = std::isnan(x) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + odd) >> 16);
+}
+
+inline void narrow(float x, Half& y) {
+  const uint16_t sign = static_cast<uint16_t>(to_bits(x) >> 16 & 0x8000);
+  const float size = std::fabs(x);
+  if (std::isnan(x)) {
+    y.bits = 0x7fff;
+  } else if (size >= 65520) {
+    y.bits = sign | 0x7c00;
+  } else {
+    // In units of the last place: 2^-24 below the normal numbers.
+    int exponent = size == 0 ? -14 : std::ilogb(size);
+    exponent = exponent < -14 ? -14 : exponent;
+    const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+    y.bits = static_cast<uint16_t>(sign + ((exponent + 14) << 10) + units);  // a carry moves into the exponent
+  }
+}
+
+}  // namespace pf::cuda
