@@ -53,8 +53,9 @@ void output(const void* p, size_t bytes) {
 
 void run(const Request& r) {
   Buffer buffer;
-  const Depthwise s{static_cast<Type>(r.type), r.batch,  r.channels, r.height, r.width, (r.height - 1) / r.stride + 1,
-                    (r.width - 1) / r.stride + 1, r.kernel, r.stride};
+  const Depthwise s{
+      static_cast<Type>(r.type),    r.batch,  r.channels, r.height, r.width, (r.height - 1) / r.stride + 1,
+      (r.width - 1) / r.stride + 1, r.kernel, r.stride};
   const size_t size = element(s.type), wide = s.type == Type::f64 ? 8 : 4, skew = static_cast<size_t>(r.skew);
   const auto pixels = [&](int h, int w) { return static_cast<size_t>(s.batch) * h * w * s.channels * size; };
   const size_t channels = static_cast<size_t>(s.channels), taps = static_cast<size_t>(s.kernel * s.kernel);
@@ -69,8 +70,18 @@ void run(const Request& r) {
   const dim3 grid{static_cast<unsigned>(tiling.chunks), static_cast<unsigned>(tiling.groups)};
   const size_t groups = static_cast<size_t>(tiling.groups);
   if (!r.backward) {
-    Forward p{s, tiling, x, weight, scale, shift, buffer.allocate(out, skew), buffer.allocate(groups * 3 * channels * wide, 0),
-              buffer.allocate(channels * wide, 0), buffer.allocate(channels * wide, 0), r.wide_weight != 0, vectors};
+    Forward p{s,
+              tiling,
+              x,
+              weight,
+              scale,
+              shift,
+              buffer.allocate(out, skew),
+              buffer.allocate(groups * 3 * channels * wide, 0),
+              buffer.allocate(channels * wide, 0),
+              buffer.allocate(channels * wide, 0),
+              r.wide_weight != 0,
+              vectors};
     dispatch(s, [&]<typename T, int K, int S>() {
       pf::emulation::launch(grid, tiling.threads, tiling.shared_bytes, [&] { depthwise_forward<T, K, S>(p); });
       finish<Wide<T>>(p, s.channels, finish_statistics<Wide<T>>);
@@ -83,7 +94,9 @@ void run(const Request& r) {
   const void* dz = input(buffer, out, skew);
   const void* d = r.affine ? input(buffer, out, skew) : nullptr;
   const void* affine = r.affine ? input(buffer, 4 * channels * wide) : nullptr;
-  Backward p{s, tiling, dz, d, affine, x, scale, shift, weight, nullptr, nullptr, nullptr, r.mask != 0, r.wide_weight != 0, vectors};
+  Backward p{s,      tiling, dz,      d,       affine,  x,           scale,
+             shift,  weight, nullptr, nullptr, nullptr, r.mask != 0, r.wide_weight != 0,
+             vectors};
   if (r.want_q) p.q = buffer.allocate(in, skew);
   if (r.want_dw) {
     p.partial = buffer.allocate(groups * taps * channels * wide, 0);

@@ -1,6 +1,6 @@
 // CUDA for one block at a time on the CPU: as many threads as the block has, a barrier, shared memory of exactly the
-// size asked for (so that AddressSanitizer sees what reaches over it) and filled with NaN (so that results show what was
-// read before it was written). Real threads, so that ThreadSanitizer sees a missing __syncthreads().
+// size asked for (so that AddressSanitizer sees what reaches over it) and filled with NaN (so that results show what
+// was read before it was written). Real threads, so that ThreadSanitizer sees a missing __syncthreads().
 #pragma once
 #include <pthread.h>
 

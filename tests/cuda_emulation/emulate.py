@@ -1,0 +1,119 @@
+"""Builds the emulation driver and speaks to it."""
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def compiler() -> str | None:
+    """The C++ compiler of the build: $CXX, or the first of c++, g++, clang++."""
+    return os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+
+
+def build(name: str, sources: list[Path], flags: list[str]) -> Path:
+    """Compiles an executable into build/cuda_emulation, once per content of its sources and flags."""
+    files = sorted([*ROOT.glob("csrc/cuda/*"), *HERE.glob("*.cpp"), *HERE.glob("*.h")])
+    digest = hashlib.sha256(" ".join(flags).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    output = ROOT / "build" / "cuda_emulation" / f"{name}-{digest}"
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for old in output.parent.glob(f"{name}-*"):
+            old.unlink()
+        includes = ["-I", str(ROOT / "csrc"), "-I", str(HERE)]
+        command = [*str(compiler()).split(), "-std=c++20", *flags, *includes, *map(str, sources), "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    return output
+
+
+class Tiling(NamedTuple):
+    """csrc/cuda/kernels.h, Tiling."""
+
+    height: int
+    width: int
+    down: int
+    across: int
+    groups: int
+    chunks: int
+    threads: int
+    shared_bytes: int
+
+
+def tilings(shapes: list[tuple[int, ...]]) -> list[Tiling]:
+    """The host's tilings for (backward, type, batch, channels, height, width, kernel, stride)."""
+    binary = build("tilings", [HERE / "tilings.cpp", ROOT / "csrc/cuda/tiling.cpp"], ["-O1"])
+    lines = "\n".join(" ".join(map(str, shape)) for shape in shapes)
+    run = subprocess.run([binary], input=lines, capture_output=True, text=True, check=True)
+    return [Tiling(*map(int, line.split())) for line in run.stdout.splitlines()]
+
+
+class Emulated:
+    """The kernels, run by a driver built with one sanitizer."""
+
+    def __init__(self, sanitizer: str):
+        flags = [
+            "-O1",
+            "-g1",
+            f"-fsanitize={sanitizer}",
+            "-fno-sanitize-recover=all",
+            "-pthread",
+            "-Wno-unknown-pragmas",
+        ]
+        sources = [HERE / "driver.cpp", ROOT / "csrc/cuda/tiling.cpp"]
+        self.binary = build(f"driver-{sanitizer.split(',')[0]}", sources, flags)
+
+    def _call(self, x, weight, stride, scale, shift, gradient, mask, wanted, skew, groups) -> bytes:
+        (b, c, h, w), k = x.shape, weight.shape[-1]
+        dz, d, affine = gradient
+        flags = [scale is not None, affine is not None, mask, *wanted, weight.dtype != x.dtype]
+        header = [dz is not None, TYPES[x.dtype], b, c, h, w, k, stride, *flags, skew, groups]
+        pieces = [x, weight, scale, shift, dz, d, affine]
+        data = b"".join(_raw(piece) for piece in pieces if piece is not None)
+        run = subprocess.run([self.binary], input=struct.pack("16i", *map(int, header)) + data, capture_output=True)
+        assert run.returncode == 0, run.stderr.decode()[:4000]
+        return run.stdout
+
+    def forward(self, x, weight, scale, shift, stride, skew=0, groups=0) -> tuple[Tensor, Tensor, Tensor]:
+        """As ops.depthwise_forward. skew: bytes off alignment; groups: at most so many, 0 for the host's choice."""
+        answer = self._call(x, weight, stride, scale, shift, (None, None, None), False, (False, False), skew, groups)
+        b, c, h, w = x.shape
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = (b, (h - 1) // stride + 1, (w - 1) // stride + 1, c)
+        d, mean, var = _split(answer, [(out, x.dtype), ((c,), wide), ((c,), wide)])
+        return d.permute(0, 3, 1, 2), mean, var
+
+    def backward(
+        self, dz, d, affine, x, scale, shift, weight, stride, mask, wanted=(True, True), skew=0, groups=0
+    ) -> list[Tensor]:
+        """As ops.depthwise_backward; of q and dw, those wanted."""
+        answer = self._call(x, weight, stride, scale, shift, (dz, d, affine), mask, wanted, skew, groups)
+        b, c, h, w = x.shape
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parts = [((b, h, w, c), x.dtype), (tuple(weight.shape), wide)]
+        values = _split(answer, [part for part, want in zip(parts, wanted, strict=True) if want])
+        return [values[0].permute(0, 3, 1, 2), *values[1:]] if wanted[0] else values
+
+
+def _raw(t: Tensor) -> bytes:
+    pixels = t.dim() == 4 and t.shape[1] != 1  # the weights are (C, 1, k, k)
+    return (t.permute(0, 2, 3, 1) if pixels else t).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _split(data: bytes, parts: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    values, at = [], 0
+    for shape, dtype in parts:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        values.append(torch.frombuffer(bytearray(data[at : at + size]), dtype=dtype).view(shape))
+        at += size
+    assert at == len(data)
+    return values

@@ -1,0 +1,106 @@
+"""What the compiled CUDA kernels need on a card: registers, spills, shared memory, occupancy.
+
+`python -m tests.cuda_emulation.resources` prints the tables of docs/gpu-cuda.md.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from .emulate import ROOT, Tiling, tilings
+
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as CMakeLists.txt has them
+KERNEL = re.compile(r"depthwise_(forward|backward)I(6__half|13__nv_bfloat16|f)Li(\d)ELi(\d)E")
+NAMES = {"6__half": "fp16", "13__nv_bfloat16": "bf16", "f": "fp32"}
+TYPE = {"fp16": 0, "bf16": 1, "fp32": 2}
+# Of a multiprocessor: shared memory in KiB, of which each block takes one more.
+SHARED = {80: 164, 90: 228}
+
+
+class Kernel(NamedTuple):
+    """One line of ptxas -v. name: forward, backward, or a mangled name; dtype, kernel and stride of the first two."""
+
+    name: str
+    dtype: str
+    kernel: int
+    stride: int
+    registers: int
+    stack: int
+    spills: int
+
+
+def nvcc() -> str | None:
+    """nvcc of the PATH."""
+    return shutil.which("nvcc")
+
+
+def compile_kernels(architecture: int) -> list[Kernel]:
+    """Machine code for sm_<architecture> of every kernel in csrc/cuda, thrown away; what ptxas says of it is kept."""
+    kernels = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+            output = ["-Xptxas", "-v", "-cubin", "-o", str(Path(folder) / source.stem)]
+            command = [str(nvcc()), *FLAGS, target, "-I", str(ROOT / "csrc"), *output, str(source)]
+            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            kernels += parse(report)
+    return sorted(kernels)
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels of a ptxas -v report."""
+    pattern = re.compile(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    kernels = []
+    for name, stack, stores, loads, registers in pattern.findall(report):
+        match = KERNEL.search(name)
+        label = (match[1], NAMES[match[2]], int(match[3]), int(match[4])) if match else (name, "", 0, 0)
+        kernels.append(Kernel(*label, int(registers), int(stack), int(stores) + int(loads)))
+    return kernels
+
+
+def resident_blocks(architecture: int, registers: int, threads: int, shared_bytes: int) -> int:
+    """Blocks of one kernel that a multiprocessor holds: registers are given out 8 a thread, 256 a warp."""
+    warps = threads // 32
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // warps
+    by_shared = SHARED[architecture] * 1024 // (shared_bytes + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def rows(architecture: int, shape: tuple[int, int, int, int]) -> list[tuple[Kernel, Tiling, int]]:
+    """Every depthwise kernel with its tiling for (batch, channels, height, width) and its resident blocks."""
+    kernels = [kernel for kernel in compile_kernels(architecture) if kernel.dtype]
+    questions = [(int(k.name == "backward"), TYPE[k.dtype], *shape, k.kernel, k.stride) for k in kernels]
+    return [
+        (k, t, resident_blocks(architecture, k.registers, t.threads, t.shared_bytes))
+        for k, t in zip(kernels, tilings(questions), strict=True)
+    ]
+
+
+def table(shape: tuple[int, int, int, int] = (64, 144, 56, 56)) -> str:
+    """Markdown, one row per kernel, sm_80 and sm_90 side by side."""
+    lines = [
+        f"Tile, threads and shared memory as chosen for batch {shape[0]}, {shape[1]} channels, {shape[2]}x{shape[3]}.",
+        "",
+        "| pass | dtype | k | stride | tile | threads | shared KB | registers sm_80, sm_90 | spills |"
+        " warps per SM sm_80, sm_90 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (a, t, on_a), (b, _, on_b) in zip(rows(80, shape), rows(90, shape), strict=True):
+        warps = t.threads // 32
+        lines.append(
+            f"| {a.name} | {a.dtype} | {a.kernel} | {a.stride} | {t.height} x {t.width} | {t.threads} |"
+            f" {t.shared_bytes / 1024:.1f} | {a.registers}, {b.registers} | {a.spills + b.spills} |"
+            f" {on_a * warps}, {on_b * warps} of 64 |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
