@@ -71,7 +71,8 @@ def eager(x, weight, scale, shift, dz, d, affine, stride, mask):
 
 def assert_as_exact(values, references, truths, dtype):
     """At most twice the error of eager in the same dtype against float64, above a floor of a few roundings."""
-    floor = 2 * torch.finfo(torch.float32 if dtype.itemsize < 8 else dtype).eps
+    # In float64 eager is the truth itself.
+    floor = 16 * torch.finfo(dtype).eps if dtype == torch.float64 else 2 * torch.finfo(torch.float32).eps
     for value, reference, truth in zip(values, references, truths, strict=True):
         assert relative(value, truth) <= 2 * relative(reference, truth) + floor
 
@@ -91,7 +92,7 @@ def test_emulated_kernels_are_as_exact_as_eager(checked, shape, dtype):
     torch.testing.assert_close(our_var, stored.var((0, 2, 3), correction=0))
 
 
-@pytest.mark.parametrize("kernel, stride", itertools.product([3, 5, 7], [1, 2]))
+@pytest.mark.parametrize("kernel, stride", list(itertools.product([3, 5, 7], [1, 2])))
 def test_every_kernel_without_prologues(checked, kernel, stride):
     """Plain input, plain dz, no mask; one gradient at a time; weights in float32; tensors off a 16-byte boundary."""
     dtype = torch.float16
@@ -187,5 +188,5 @@ def test_machine_code_has_no_spills(architecture):
     assert names == set(every)
     for kernel, tiling, blocks in kernels:
         assert kernel.spills == 0 and kernel.stack == 0, kernel
-        # At least 16 of a multiprocessor's 64 warps are resident.
-        assert blocks * tiling.threads >= 512, (kernel, tiling)
+        # One block computes while another waits for its tile.
+        assert blocks >= 2 and blocks * tiling.threads >= 384, (kernel, tiling)
