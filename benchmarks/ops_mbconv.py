@@ -1,7 +1,7 @@
 """The fused MBConv against eager channels_last PyTorch, block by block: python benchmarks/ops_mbconv.py [--batch 32].
 
-Each figure is a ratio of medians of runs that alternate in one process; the correctness gate comes first. FLOPs are those
-of the plain algorithm, two per multiply-add, so that recomputation counts against the fused path.
+Each figure is a ratio of medians of runs that alternate in one process; the correctness gate comes first. FLOPs are
+those of the plain algorithm, two per multiply-add, so that recomputation counts against the fused path.
 """
 
 import argparse
@@ -159,8 +159,9 @@ def main():
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
             writer = csv.writer(file)
-            head = "in out size stride kernel expand pass seconds eager_seconds times flops_per_second of_mm".split()
-            writer.writerows([head, *rows])
+            shape = ["in", "out", "size", "stride", "kernel", "expand"]
+            figures = ["pass", "seconds", "eager_seconds", "times", "flops_per_second", "of_mm"]
+            writer.writerows([shape + figures, *rows])
     return 0
 
 

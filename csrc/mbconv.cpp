@@ -72,8 +72,8 @@ Tensor empty_like_x(const Arguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorList params, at::TensorList running,
                                                   const std::optional<Tensor>& mean, const std::optional<Tensor>& cov,
-                                                  int64_t stride, std::string_view activation, bool training, double eps,
-                                                  int64_t keep) {
+                                                  int64_t stride, std::string_view activation, bool training,
+                                                  double eps, int64_t keep) {
   const Arguments a = check("mbconv", x, params, mean, cov, stride, std::string(activation), training, eps);
   if (!training) check_running("mbconv", a, running);
   TORCH_CHECK_VALUE(keep >= 0 && keep <= 2, "mbconv: keep must be 0 (nothing), 1 (y) or 2 (y and d), got ", keep);
@@ -93,8 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
     }
     if (keep >= 1) y = large_empty(shape, options, at::MemoryFormat::ChannelsLast);
     if (keep == 2) d = large_empty({cpu::blocks(f.ch), block.pixels_out(), cpu::lanes}, options);
-    const Workspace memory(keep == 2 ? 0 : static_cast<size_t>(block.wide_size()) * sizeof(scalar_t));
-    auto* p_d = keep == 2 ? d.mutable_data_ptr<scalar_t>() : memory.as<scalar_t>();
+    const bool stream = keep != 2 && block.streams();
+    const Workspace memory(keep == 2 || stream ? 0 : static_cast<size_t>(block.wide_size()) * sizeof(scalar_t));
+    auto* p_d = keep == 2 ? d.mutable_data_ptr<scalar_t>() : stream ? nullptr : memory.as<scalar_t>();
     auto* p_y = keep >= 1 ? y.mutable_data_ptr<scalar_t>() : p_out;
     if (training) {
       if (f.expand) block.first_from_batch();
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
       block.set_third(block.project(p_d, p_y));
     } else {
       set_norms(block, norms_from(running));
-      block.depthwise(p_d, false);
+      if (!stream) block.depthwise(p_d, false);
       block.project(p_d, p_y);
     }
     block.normalise(p_y, p_out);
@@ -111,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
   return {out, y, d, statistics};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& d, const Tensor& statistics,
-    at::TensorList params, const std::optional<Tensor>& mean, const std::optional<Tensor>& cov, int64_t stride,
-    std::string_view activation, bool training, double eps, bool input, bool weights) {
+std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                        const Tensor& d, const Tensor& statistics,
+                                                        at::TensorList params, const std::optional<Tensor>& mean,
+                                                        const std::optional<Tensor>& cov, int64_t stride,
+                                                        std::string_view activation, bool training, double eps,
+                                                        bool input, bool weights) {
   const Arguments a = check("mbconv_backward", x, params, mean, cov, stride, std::string(activation), training, eps);
   TORCH_CHECK_VALUE(grad.sizes() == y.sizes() && grad.scalar_type() == x.scalar_type(),
                     "mbconv_backward: grad must have the shape of y, ", y.sizes(), ", and the dtype of x, got ",
@@ -134,13 +137,13 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(
     TORCH_CHECK_VALUE(d.numel() == 0 || d.numel() == block.wide_size(),
                       "mbconv_backward: d must be what mbconv returned, got shape ", d.sizes());
     set_norms(block, norms_from(statistics, a));
-    const bool recompute = d.numel() == 0;
-    const Workspace memory(recompute ? static_cast<size_t>(block.wide_size()) * sizeof(scalar_t) : 0);
-    if (recompute) block.depthwise(memory.as<scalar_t>(), false);
+    const bool kept = d.numel() != 0, stream = !kept && block.streams();
+    const Workspace memory(kept || stream ? 0 : static_cast<size_t>(block.wide_size()) * sizeof(scalar_t));
+    const auto* p_d = kept ? d.const_data_ptr<scalar_t>() : stream ? nullptr : memory.as<scalar_t>();
+    if (!kept && !stream) block.depthwise(memory.as<scalar_t>(), false);
     Tensor to;
     if (input) to = dx = large_empty(a.x.sizes(), a.x.options(), at::MemoryFormat::ChannelsLast);
-    dparams = block.backward(g, narrow.const_data_ptr<scalar_t>(),
-                             recompute ? memory.as<scalar_t>() : d.const_data_ptr<scalar_t>(), to, weights);
+    dparams = block.backward(g, narrow.const_data_ptr<scalar_t>(), p_d, to, weights);
   });
   return {dx, dparams};
 }
@@ -179,7 +182,8 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
   TORCH_CHECK_VALUE(total == static_cast<int64_t>(params.size()),
                     "mbconv_probe: sizes must add up to the number of params, ", params.size(), ", got ", sizes);
   const Tensor narrow = channels_last(x), g = channels_last(grad);
-  Tensor gates = at::empty({static_cast<int64_t>(sizes.size())}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor gates =
+      at::empty({static_cast<int64_t>(sizes.size())}, x.options().memory_format(at::MemoryFormat::Contiguous));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mbconv_probe", [&] {
     auto* p_gates = gates.mutable_data_ptr<scalar_t>();
     size_t at_params = 0, at_running = 0;
@@ -200,20 +204,21 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
       }
       Block<scalar_t> block(a);
       const auto& f = block.f;
-      TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({f.images, f.co, f.ho, f.wo}) &&
-                            grad.scalar_type() == x.scalar_type(),
-                        "mbconv_probe: grad must have the shape and dtype of the output, (", f.images, ", ", f.co, ", ",
-                        f.ho, ", ", f.wo, ") and ", x.scalar_type(), ", got ", grad.sizes(), " and ",
-                        grad.scalar_type());
-      const Workspace d(static_cast<size_t>(block.wide_size()) * sizeof(scalar_t));
+      TORCH_CHECK_VALUE(
+          grad.sizes() == at::IntArrayRef({f.images, f.co, f.ho, f.wo}) && grad.scalar_type() == x.scalar_type(),
+          "mbconv_probe: grad must have the shape and dtype of the output, (", f.images, ", ", f.co, ", ", f.ho, ", ",
+          f.wo, ") and ", x.scalar_type(), ", got ", grad.sizes(), " and ", grad.scalar_type());
+      const bool stream = block.streams();
+      const Workspace memory(stream ? 0 : static_cast<size_t>(block.wide_size()) * sizeof(scalar_t));
+      auto* d = stream ? nullptr : memory.as<scalar_t>();
       if (training) {
         if (f.expand) block.first_from_batch();
-        block.set_second(block.depthwise(d.as<scalar_t>(), true));
+        block.set_second(block.depthwise(d, true));
       } else {
         set_norms(block, norms_from(own));
-        block.depthwise(d.as<scalar_t>(), false);
+        if (!stream) block.depthwise(d, false);
       }
-      p_gates[j] = static_cast<scalar_t>(block.gate(d.as<scalar_t>(), g));
+      p_gates[j] = static_cast<scalar_t>(block.gate(d, g));
       if (training && has_running)
         update_running(statistics_of(norms_of(block)), own, block.pixels_in(), block.pixels_out(), momentum);
     }

@@ -11,9 +11,9 @@
 namespace pf {
 
 struct Arguments {
-  at::Tensor x;                               // channels-last
+  at::Tensor x;                                   // channels-last
   at::Tensor w1, g1, b1, wd, g2, b2, wp, g3, b3;  // w1, g1, b1 undefined if there is no expand convolution
-  at::Tensor mean, cov;                       // of x, float64; undefined if not training or without expand
+  at::Tensor mean, cov;                           // of x, float64; undefined if not training or without expand
   int64_t stride;
   std::string activation;
   bool training;
@@ -59,6 +59,8 @@ class Block {
   void set_second(Norm norm);
   void set_third(Norm norm) { (third = std::move(norm)).fold(a.g3, a.eps); }
 
+  // Whether wide tensors that nobody keeps are too large for scratch memory: then d below is null.
+  bool streams() const;
   // d from x; the moments of d if asked for.
   Norm depthwise(T* d, bool moments) const;
   // y from d; its moments.
@@ -69,15 +71,19 @@ class Block {
   void normalise(const T* y, T* out);
   // out from x with all norms given, image by image.
   void infer(T* out);
-  // dx (if defined) and, if `weights`, the gradients of the parameters.
+  // dx (if defined) and, if `weights`, the gradients of the parameters. d is null if it is to be computed on the spot.
   std::vector<at::Tensor> backward(const at::Tensor& grad, const T* y, const T* d, const at::Tensor& dx, bool weights);
 
  private:
   std::vector<at::Tensor> owned_;
-  T* take(int64_t n);                                          // zeros, aligned, as long as the block lives
-  const T* per_channel(const std::vector<double>& v);          // padded to whole blocks
+  T* take(int64_t n);                                  // zeros, aligned, as long as the block lives
+  const T* per_channel(const std::vector<double>& v);  // padded to whole blocks
   void pack_project(const std::vector<double>* scale);
   void pack_backward();
+  cpu::MBConv<T> image(int64_t i) const;
+  int64_t output_chunks(const T* d) const;
+  template <typename Body>
+  void for_outputs(const T* d, int64_t chunks, Body body) const;
 };
 
 }  // namespace pf

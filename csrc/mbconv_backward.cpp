@@ -2,8 +2,8 @@
 // (docs/performance.md has the formulas).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -46,10 +46,11 @@ class Partial {
   Workspace memory_;
 };
 
-// Large partial sums (those of a weight) in fewer chunks: their zeroing and adding up should stay small.
+// Large partial sums (those of a weight) in fewer chunks, one a thread at least: zeroing and adding them up should stay
+// small.
 int64_t chunks_for(int64_t pieces, int64_t bytes) {
-  const int64_t most = std::clamp<int64_t>((8 << 20) / std::max<int64_t>(bytes, 1), 4, wanted_chunks);
-  return std::min(pieces, most);
+  const int64_t affordable = (2 << 20) / std::max<int64_t>(bytes, 1);
+  return std::min(pieces, std::max<int64_t>(at::get_num_threads(), std::min(affordable, wanted_chunks)));
 }
 
 // The gradient of a parameter, filled from doubles.
@@ -64,19 +65,18 @@ Tensor gradient_like(const Tensor& parameter, Element element) {
   return g;
 }
 
+// Strips of the input, as many for each chunk of images as for the next; `single`: of one image each.
 template <typename T>
-std::vector<cpu::Strip> strips_of(const cpu::MBConv<T>& f) {
+std::vector<cpu::Strip> strips_of(const cpu::MBConv<T>& f, int64_t chunks, bool single) {
   std::vector<cpu::Strip> strips;
-  const int64_t pixels = cpu::strip_pixels(f);
-  if (2 * f.h * f.w <= pixels) {
-    const int64_t images = std::max<int64_t>(1, std::min(pixels / (f.h * f.w), f.images / wanted_chunks));
-    if (ceil_div(f.images, images) * 2 >= wanted_chunks) {
-      for (int64_t i = 0; i < f.images; i += images) strips.push_back({i, std::min(images, f.images - i), 0, f.h});
-      return strips;
-    }
+  const int64_t pixels = cpu::strip_pixels(f), size = f.h * f.w;
+  if (f.images >= chunks && size <= pixels) {
+    const int64_t share = ceil_div(f.images, chunks),
+                  images = single ? 1 : ceil_div(share, ceil_div(share, pixels / size));
+    for (int64_t i = 0; i < f.images; i += images) strips.push_back({i, std::min(images, f.images - i), 0, f.h});
+    return strips;
   }
-  int64_t parts = ceil_div(f.h * f.w, pixels);
-  parts = std::min(std::max(parts, ceil_div(wanted_chunks / 2, f.images)), f.h);
+  const int64_t parts = std::min(std::max(ceil_div(size, pixels), ceil_div(chunks, f.images)), f.h);
   const int64_t rows = ceil_div(ceil_div(f.h, parts), f.stride) * f.stride;
   for (int64_t i = 0; i < f.images; ++i)
     for (int64_t y = 0; y < f.h; y += rows) strips.push_back({i, 1, y, std::min(rows, f.h - y)});
@@ -113,8 +113,7 @@ void Block<T>::pack_backward() {
   for (int64_t b = 0; b < blocks(f.ci); ++b)
     for (int64_t c = 0; c < f.ch; ++c)
       for (int64_t l = 0; l < std::min(lanes, f.ci - b * lanes); ++l)
-        out[(b * depth + c) * lanes + l] =
-            static_cast<T>(static_cast<double>(w1[c * f.ci + b * lanes + l]) * first.scale[c]);
+        out[(b * depth + c) * lanes + l] = w1[c * f.ci + b * lanes + l] * static_cast<T>(first.scale[c]);
   f.expand_out = out;
 }
 
@@ -124,7 +123,8 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   const auto& kernels = cpu::kernels_for<T>();
   const int64_t n_in = pixels_in(), n_out = pixels_out(), wide = blocks(f.ch) * lanes, narrow = blocks(f.co) * lanes;
   const int64_t k2 = f.kernel * f.kernel;
-  const double share_in = a.training ? 1.0 / static_cast<double>(n_in) : 0;  // statistics that are given pass no gradient
+  const double share_in =
+      a.training ? 1.0 / static_cast<double>(n_in) : 0;  // statistics that are given pass no gradient
   const double share_out = a.training ? 1.0 / static_cast<double>(n_out) : 0;
   f.y = y;
   f.grad = grad.const_data_ptr<T>();
@@ -136,7 +136,8 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   at::parallel_for(0, sum_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = n_out * i / sum_chunks, last = n_out * (i + 1) / sum_chunks;
-      kernels.pair_sums(f.grad + p * f.co, y + p * f.co, last - p, f.co, f.mean3, sums3.part(i), sums3.part(i) + narrow);
+      kernels.pair_sums(f.grad + p * f.co, y + p * f.co, last - p, f.co, f.mean3, sums3.part(i),
+                        sums3.part(i) + narrow);
     }
   });
   const double* sum_g = sums3.total();
@@ -150,20 +151,36 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   f.dy_y = per_channel(dy_y);
   f.dy_bias = per_channel(dy_bias);
 
-  // Project and second norm: dz, its sums, the gradient of project.
-  const Workspace dz_memory(static_cast<size_t>(wide_size()) * sizeof(T));
-  T* dz = dz_memory.as<T>();
-  const int64_t tiles = ceil_div(n_out, cpu::backward_pixels);
+  // Project and second norm: dz, its sums, the gradient of project. Where d is null, both are computed in a buffer of
+  // one image, here and again below.
+  const bool stream = d == nullptr;
+  const int64_t pixels = f.ho * f.wo, image_block = pixels * lanes, image_size = blocks(f.ch) * image_block;
+  const int64_t own_scratch = stream ? std::max(cpu::forward_scratch(f, 1), cpu::backward_project_scratch(f))
+                                     : cpu::backward_project_scratch(f);
+  const Workspace dz_memory(stream ? 0 : static_cast<size_t>(wide_size()) * sizeof(T));
+  T* dz = stream ? nullptr : dz_memory.as<T>();
+  const int64_t tiles = stream ? f.images : ceil_div(n_out, cpu::backward_pixels);
   const int64_t dproject_size = weights ? wide * f.co : 0;
   const int64_t chunks2 = chunks_for(tiles, dproject_size * static_cast<int64_t>(sizeof(T)));
   Partial<double> sums2(chunks2, 2 * wide);
   Partial<T> dproject(chunks2, dproject_size);
   at::parallel_for(0, chunks2, 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(static_cast<size_t>(cpu::backward_project_scratch(f)) * sizeof(T));
-    for (int64_t i = begin; i < end; ++i)
-      kernels.backward_project(f, tiles * i / chunks2 * cpu::backward_pixels,
-                               std::min(tiles * (i + 1) / chunks2 * cpu::backward_pixels, n_out), d, wide_block(), dz,
-                               sums2.part(i), sums2.part(i) + wide, dproject.part(i), scratch.template as<T>());
+    const Workspace memory(static_cast<size_t>(own_scratch + (stream ? 2 * image_size : 0)) * sizeof(T));
+    T *scratch = memory.template as<T>(), *own_d = scratch + own_scratch, *own_dz = own_d + image_size;
+    for (int64_t i = begin; i < end; ++i) {
+      double *sum = sums2.part(i), *sum_d = sum + wide;
+      const int64_t first = tiles * i / chunks2, last = tiles * (i + 1) / chunks2;
+      if (!stream) {
+        kernels.backward_project(f, first * cpu::backward_pixels, std::min(last * cpu::backward_pixels, n_out), d,
+                                 wide_block(), dz, sum, sum_d, dproject.part(i), scratch);
+        continue;
+      }
+      for (int64_t j = first; j < last; ++j) {
+        const cpu::MBConv<T> one = image(j);
+        kernels.expand_depthwise(one, {0, 1, 0, blocks(f.ch), 0, f.ho}, own_d, image_block, nullptr, scratch);
+        kernels.backward_project(one, 0, pixels, own_d, image_block, own_dz, sum, sum_d, dproject.part(i), scratch);
+      }
+    }
   });
   const double* sum_dz = sums2.total();
   std::vector<double> dg2(f.ch), dd_d(f.ch), dd_bias(f.ch);
@@ -177,22 +194,41 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   f.dd_bias = per_channel(dd_bias);
 
   // Depthwise, first norm, expand: strips of the input.
-  const std::vector<cpu::Strip> strips = strips_of(f);
-  const auto pieces = static_cast<int64_t>(strips.size());
   const int64_t taps_size = weights ? wide * k2 : 0, expand_size = weights && f.expand ? wide * f.ci : 0;
-  const int64_t chunks1 = chunks_for(pieces, expand_size * static_cast<int64_t>(sizeof(T)));
+  const int64_t wanted = chunks_for(wanted_chunks, expand_size * static_cast<int64_t>(sizeof(T)));
+  const std::vector<cpu::Strip> strips = strips_of(f, wanted, stream);
+  const auto pieces = static_cast<int64_t>(strips.size());
+  const int64_t chunks1 = std::min(wanted, pieces);
   Partial<double> sums1(chunks1, 2 * wide), dtaps(chunks1, taps_size);
   Partial<T> dexpand(chunks1, expand_size);
   T* pdx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
   int64_t scratch1 = 0;
   for (const auto& strip : strips) scratch1 = std::max(scratch1, cpu::strip_scratch(f, strip.images, strip.rows));
   at::parallel_for(0, chunks1, 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(static_cast<size_t>(scratch1) * sizeof(T));
+    const Workspace memory(static_cast<size_t>(scratch1 + (stream ? 2 * image_size + own_scratch : 0)) * sizeof(T));
+    T *scratch = memory.template as<T>(), *own_d = scratch + scratch1, *own_dz = own_d + image_size;
+    std::vector<double> unused(stream ? static_cast<size_t>(2 * wide) : 0);
+    int64_t have = -1;  // the image that own_d and own_dz hold
     for (int64_t i = begin; i < end; ++i) {
       const cpu::ExpandSums<T> sums = {sums1.part(i), sums1.part(i) + wide, dtaps.part(i), dexpand.part(i)};
-      for (int64_t j = pieces * i / chunks1; j < pieces * (i + 1) / chunks1; ++j)
-        kernels.backward_expand(f, strips[static_cast<size_t>(j)], d, dz, wide_block(), pdx, sums,
-                                scratch.template as<T>());
+      for (int64_t j = pieces * i / chunks1; j < pieces * (i + 1) / chunks1; ++j) {
+        cpu::Strip strip = strips[static_cast<size_t>(j)];
+        if (!stream) {
+          kernels.backward_expand(f, strip, d, dz, wide_block(), pdx, sums, scratch);
+          continue;
+        }
+        const cpu::MBConv<T> one = image(strip.image);
+        if (have != strip.image) {
+          have = strip.image;
+          T* again = own_dz + image_size;
+          kernels.expand_depthwise(one, {0, 1, 0, blocks(f.ch), 0, f.ho}, own_d, image_block, nullptr, again);
+          kernels.backward_project(one, 0, pixels, own_d, image_block, own_dz, unused.data(), unused.data() + wide,
+                                   nullptr, again);
+        }
+        T* to = pdx == nullptr ? nullptr : pdx + strip.image * f.h * f.w * f.ci;
+        strip.image = 0;
+        kernels.backward_expand(one, strip, own_d, own_dz, image_block, to, sums, scratch);
+      }
     }
   });
 
@@ -210,12 +246,16 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
       const Tensor w = a.w1.view({f.ch, f.ci});
       Tensor rw = at::empty({f.ch, f.ci}, w.options());
       const T* pw = w.const_data_ptr<T>();
+      T* prw = rw.mutable_data_ptr<T>();
       std::vector<double> bias(f.ci, 0.0);
-      for (int64_t c = 0; c < f.ch; ++c)
+      for (int64_t c = 0; c < f.ch; ++c, pw += f.ci, prw += f.ci) {
+        const T minus_r = static_cast<T>(-r[c]);
+        const double share = first.scale[c] * db1[c] * share_in;
         for (int64_t i = 0; i < f.ci; ++i) {
-          rw.mutable_data_ptr<T>()[c * f.ci + i] = static_cast<T>(-r[c] * static_cast<double>(pw[c * f.ci + i]));
-          bias[i] -= first.scale[c] * db1[c] * share_in * static_cast<double>(pw[c * f.ci + i]);
+          prw[i] = minus_r * pw[i];
+          bias[i] -= share * static_cast<double>(pw[i]);
         }
+      }
       const Tensor q = at::matmul(rw.t(), w).contiguous();  // symmetric
       const T* pq = q.const_data_ptr<T>();
       T* panel = take(blocks(f.ci) * lanes * f.ci);
@@ -226,8 +266,8 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
       const int64_t in_tiles = ceil_div(n_in, cpu::backward_pixels);
       at::parallel_for(0, in_tiles, 4, [&](int64_t begin, int64_t end) {
         const Workspace scratch(static_cast<size_t>(2 * cpu::backward_pixels * lanes * blocks(f.ci)) * sizeof(T));
-        kernels.finish_dx(f, begin * cpu::backward_pixels, std::min(end * cpu::backward_pixels, n_in), panel, pbias, pdx,
-                          scratch.template as<T>());
+        kernels.finish_dx(f, begin * cpu::backward_pixels, std::min(end * cpu::backward_pixels, n_in), panel, pbias,
+                          pdx, scratch.template as<T>());
       });
     }
   }
@@ -235,28 +275,23 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
 
   std::vector<Tensor> grads;
   if (f.expand) {
-    const Tensor w = a.w1.view({f.ch, f.ci}).to(at::kDouble);
-    const Tensor wc = a.training ? at::matmul(w, a.cov) : Tensor();
-    const double* pw = w.const_data_ptr<double>();
-    const double* pc = a.training ? wc.const_data_ptr<double>() : nullptr;
-    const T* sum_qx = dexpand.total();
+    const Tensor w = a.w1.view({f.ch, f.ci});
+    const Tensor wc = a.training ? at::matmul(w, a.cov.to(w.scalar_type())) : at::zeros({f.ch, f.ci}, w.options());
+    const T *pw = w.const_data_ptr<T>(), *pc = wc.const_data_ptr<T>(), *sum_qx = dexpand.total();
     std::vector<double> dg1(f.ch);
-    const auto at_expand = [&](int64_t c, int64_t i) {
-      return static_cast<double>(sum_qx[((c / lanes) * f.ci + i) * lanes + c % lanes]);
-    };
-    for (int64_t c = 0; c < f.ch; ++c) {
-      double dot = 0, center = 0;
-      for (int64_t i = 0; i < f.ci; ++i) {
-        dot += at_expand(c, i) * pw[c * f.ci + i];
-        center += static_cast<double>(f.center[i]) * pw[c * f.ci + i];
+    Tensor dw1 = at::empty(a.w1.sizes(), a.w1.options());
+    T* pdw = dw1.mutable_data_ptr<T>();
+    at::parallel_for(0, f.ch, 1 + (1 << 14) / f.ci, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const T *row = pw + c * f.ci, *qx = sum_qx + c / lanes * f.ci * lanes + c % lanes;
+        double dot = 0;
+        for (int64_t i = 0; i < f.ci; ++i) dot += static_cast<double>(qx[i * lanes]) * static_cast<double>(row[i]);
+        dg1[c] = first.inverse[c] * (a.training ? dot : dot - first.mean[c] * db1[c]);
+        const T scale = static_cast<T>(first.scale[c]), statistics = static_cast<T>(dg1[c] * first.inverse[c]);
+        for (int64_t i = 0; i < f.ci; ++i) pdw[c * f.ci + i] = scale * (qx[i * lanes] - statistics * pc[c * f.ci + i]);
       }
-      dg1[c] = first.inverse[c] * (dot + (center - first.mean[c]) * db1[c]);
-    }
-    grads.push_back(gradient_like<T>(a.w1, [&](int64_t j) {
-      const int64_t c = j / f.ci, i = j % f.ci;
-      const double statistics = a.training ? dg1[c] * first.inverse[c] * pc[j] : 0;
-      return first.scale[c] * (at_expand(c, i) - statistics);
-    }));
+    });
+    grads.push_back(dw1);
     grads.push_back(gradient_like<T>(a.g1, [&](int64_t c) { return dg1[c]; }));
     grads.push_back(gradient_like<T>(a.b1, [&](int64_t c) { return db1[c]; }));
   }
@@ -274,10 +309,12 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   grads.push_back(gradient_like<T>(a.g2, [&](int64_t c) { return dg2[c]; }));
   grads.push_back(gradient_like<T>(a.b2, [&](int64_t c) { return sum_dz[c]; }));
   const T* sum_project = dproject.total();
-  grads.push_back(gradient_like<T>(a.wp, [&](int64_t j) {
-    const int64_t o = j / f.ch, c = j % f.ch;
-    return sum_project[((c / lanes) * f.co + o) * lanes + c % lanes];
-  }));
+  Tensor dwp = at::empty(a.wp.sizes(), a.wp.options());
+  for (int64_t o = 0; o < f.co; ++o)
+    for (int64_t b = 0; b < blocks(f.ch); ++b)
+      std::copy_n(sum_project + (b * f.co + o) * lanes, std::min(lanes, f.ch - b * lanes),
+                  dwp.mutable_data_ptr<T>() + o * f.ch + b * lanes);
+  grads.push_back(dwp);
   grads.push_back(gradient_like<T>(a.g3, [&](int64_t c) { return dg3[c]; }));
   grads.push_back(gradient_like<T>(a.b3, [&](int64_t c) { return sum_g[c]; }));
   return grads;

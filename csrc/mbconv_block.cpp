@@ -1,8 +1,6 @@
-// Arguments of a fused MBConv, folded; and its forward passes over all images. Work is cut by shape, not by the number of
-// threads, and partial sums are merged in order: the same bits for any number of threads.
+// Arguments of a fused MBConv, folded; and its forward passes over all images. Work is cut by shape, not by the number
+// of threads, and partial sums are merged in order: the same bits for any number of threads.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -21,6 +19,10 @@ using cpu::blocks;
 using cpu::lanes;
 
 constexpr int64_t wanted_units = 16;  // enough pieces of work for the threads of a large machine
+// A wide tensor larger than this is not written where nobody keeps it, but computed twice, image by image in cache: up
+// to a third slower, and scratch memory stays bounded whatever the batch.
+constexpr int64_t stream_bytes = 128 << 20;
+constexpr int64_t stream_images = 4;  // fewer are too few to share out
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,12 +40,11 @@ void check_weight(const char* op, const char* name, const Tensor& t, at::IntArra
 
 // [block][k][16] from element(row, k): rows become columns of the panel, padded with zeros.
 template <typename T, typename Element>
-void pack_panel(T* panel, int64_t rows, int64_t depth, int64_t panel_depth, Element element) {
+void pack_panel(T* panel, int64_t rows, int64_t depth, Element element) {
   at::parallel_for(0, blocks(rows), std::max<int64_t>(1, 16384 / (depth * lanes)), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t l = 0; l < std::min(lanes, rows - b * lanes); ++l)
-          panel[(b * panel_depth + k) * lanes + l] = static_cast<T>(element(b * lanes + l, k));
+      for (int64_t l = 0; l < std::min(lanes, rows - b * lanes); ++l)
+        for (int64_t k = 0; k < depth; ++k) panel[(b * depth + k) * lanes + l] = element(b * lanes + l, k);
   });
 }
 
@@ -181,7 +182,7 @@ Block<T>::Block(const Arguments& arguments) : a(arguments) {
   T* taps = take(blocks(f.ch) * lanes * f.kernel * f.kernel);
   const int64_t k2 = f.kernel * f.kernel;
   const T* wd = a.wd.const_data_ptr<T>();
-  pack_panel(taps, f.ch, k2, k2, [&](int64_t c, int64_t k) { return wd[c * k2 + k]; });
+  pack_panel(taps, f.ch, k2, [&](int64_t c, int64_t k) { return wd[c * k2 + k]; });
   f.taps = taps;
 }
 
@@ -201,17 +202,26 @@ const T* Block<T>::per_channel(const std::vector<double>& v) {
 
 template <typename T>
 void Block<T>::first_from_batch() {
-  const Tensor w = a.w1.view({f.ch, f.ci}).to(at::kDouble);
-  const Tensor wc = at::matmul(w, a.cov);
+  const int64_t n = f.ci, rows = 28;  // rows of W at a time
+  const double *cov = a.cov.const_data_ptr<double>(), *given = a.mean.const_data_ptr<double>();
+  std::vector<double> panel(static_cast<size_t>(blocks(n) * lanes * n), 0.0),
+      mean(static_cast<size_t>(blocks(n) * lanes));
+  std::copy_n(given, n, mean.begin());
+  for (int64_t b = 0; b < blocks(n); ++b)
+    for (int64_t k = 0; k < std::min(n, (b + 1) * lanes); ++k)
+      for (int64_t l = 0; l < std::min(lanes, n - b * lanes); ++l)
+        panel[(b * n + k) * lanes + l] = cov[k * n + b * lanes + l] * (k < b * lanes ? 2 : 1);
   Norm norm;
-  norm.mean = to_doubles(at::matmul(w, a.mean));
+  norm.mean.resize(static_cast<size_t>(f.ch));
   norm.var.resize(static_cast<size_t>(f.ch));
-  const double *pw = w.const_data_ptr<double>(), *pc = wc.const_data_ptr<double>();
-  for (int64_t c = 0; c < f.ch; ++c) {
-    double sum = 0;
-    for (int64_t i = 0; i < f.ci; ++i) sum += pw[c * f.ci + i] * pc[c * f.ci + i];
-    norm.var[static_cast<size_t>(c)] = std::max(sum, 0.0);
-  }
+  const T* w = a.w1.const_data_ptr<T>();
+  at::parallel_for(0, ceil_div(f.ch, rows), 1 + 200000 / (rows * n * n), [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(static_cast<size_t>(rows * lanes * (blocks(n) + 1)));
+    for (int64_t i = begin * rows; i < std::min(end * rows, f.ch); i += rows)
+      cpu::kernels_for<T>().quadratic(w + i * n, std::min(rows, f.ch - i), n, mean.data(), panel.data(),
+                                      norm.mean.data() + i, norm.var.data() + i, scratch.data());
+  });
+  for (double& v : norm.var) v = std::max(v, 0.0);
   set_first(std::move(norm));
 }
 
@@ -221,15 +231,14 @@ void Block<T>::set_first(Norm norm) {
   first.fold(a.g1, a.eps);
   const T* w = a.w1.const_data_ptr<T>();
   T* panel = take(blocks(f.ch) * lanes * f.ci);
-  pack_panel(panel, f.ch, f.ci, f.ci,
-             [&](int64_t c, int64_t k) { return static_cast<double>(w[c * f.ci + k]) * first.scale[c]; });
+  pack_panel(panel, f.ch, f.ci, [&](int64_t c, int64_t k) {
+    return static_cast<T>(static_cast<double>(w[c * f.ci + k]) * first.scale[c]);
+  });
   f.expand_in = panel;
+  // Where x is centred on the batch's mean, so is W x.
   std::vector<double> bias = to_doubles(a.b1);
-  for (int64_t c = 0; c < f.ch; ++c) {
-    double at_center = 0;
-    for (int64_t i = 0; i < f.ci; ++i) at_center += static_cast<double>(w[c * f.ci + i]) * static_cast<double>(f.center[i]);
-    bias[c] += first.scale[c] * (at_center - first.mean[c]);
-  }
+  if (!a.training)
+    for (int64_t c = 0; c < f.ch; ++c) bias[c] -= first.scale[c] * first.mean[c];
   f.expand_bias = per_channel(bias);
 }
 
@@ -248,11 +257,28 @@ void Block<T>::pack_project(const std::vector<double>* scale) {
   const T* w = a.wp.const_data_ptr<T>();
   T* panel = take(blocks(f.co) * lanes * f.ch);
   if (scale == nullptr)
-    pack_panel(panel, f.co, f.ch, f.ch, [&](int64_t c, int64_t k) { return w[c * f.ch + k]; });
+    pack_panel(panel, f.co, f.ch, [&](int64_t c, int64_t k) { return w[c * f.ch + k]; });
   else
-    pack_panel(panel, f.co, f.ch, f.ch,
-               [&](int64_t c, int64_t k) { return static_cast<double>(w[c * f.ch + k]) * (*scale)[c]; });
+    pack_panel(panel, f.co, f.ch, [&](int64_t c, int64_t k) {
+      return static_cast<T>(static_cast<double>(w[c * f.ch + k]) * (*scale)[c]);
+    });
   f.project_in = panel;
+}
+
+template <typename T>
+bool Block<T>::streams() const {
+  return wide_size() * static_cast<int64_t>(sizeof(T)) > stream_bytes && f.images >= stream_images;
+}
+
+// The block as one image sees it: what runs on an image whose wide tensors are in a buffer of their own.
+template <typename T>
+cpu::MBConv<T> Block<T>::image(int64_t i) const {
+  cpu::MBConv<T> one = f;
+  one.images = 1;
+  one.x += i * f.h * f.w * f.ci;
+  if (one.y != nullptr) one.y += i * f.ho * f.wo * f.co;
+  if (one.grad != nullptr) one.grad += i * f.ho * f.wo * f.co;
+  return one;
 }
 
 template <typename T>
@@ -265,61 +291,89 @@ Norm Block<T>::depthwise(T* d, bool moments) const {
   const int64_t by_row = std::min(std::max<int64_t>(1, f.ho / 4), ceil_div(wanted_units, by_image * by_block));
   const int64_t units = by_image * by_block * by_row, block_channels = blocks(f.ch) * lanes;
   PartialMoments partial(moments ? by_image * by_row : 0, block_channels);
+  const int64_t own_block = images * f.ho * f.wo * lanes, own = d == nullptr ? blocks(f.ch) * own_block : 0;
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(static_cast<size_t>(cpu::forward_scratch(f, images)) * sizeof(T));
+    const Workspace scratch(static_cast<size_t>(cpu::forward_scratch(f, images) + own) * sizeof(T));
     for (int64_t u = begin; u < end; ++u) {
       const int64_t i = u / (by_block * by_row), r = u / by_block % by_row, b = u % by_block;
       const int64_t block = groups * b / by_block * cpu::group, row = f.ho * r / by_row;
-      const cpu::ForwardUnit unit = {i * images,
-                                     std::min(images, f.images - i * images),
-                                     block,
-                                     std::min(groups * (b + 1) / by_block * cpu::group, blocks(f.ch)) - block,
-                                     row,
-                                     f.ho * (r + 1) / by_row - row};
+      const cpu::ForwardUnit unit = {
+          i * images, std::min(images, f.images - i * images),
+          block,      std::min(groups * (b + 1) / by_block * cpu::group, blocks(f.ch)) - block,
+          row,        f.ho * (r + 1) / by_row - row};
       cpu::Moments part{};
       if (moments) part = partial.part(i * by_row + r), part.count = 0;  // another part of the channels may have set it
-      cpu::kernels_for<T>().expand_depthwise(f, unit, d + unit.image * f.ho * f.wo * lanes, wide_block(),
-                                             moments ? &part : nullptr, scratch.as<T>());
+      T* to = d == nullptr ? scratch.as<T>() : d + unit.image * f.ho * f.wo * lanes;
+      cpu::kernels_for<T>().expand_depthwise(f, unit, to, d == nullptr ? own_block : wide_block(),
+                                             moments ? &part : nullptr, scratch.as<T>() + own);
       if (moments && b == 0) partial.counts[static_cast<size_t>(i * by_row + r)] = part.count;
     }
   });
   return moments ? partial.total(f.ch) : Norm{};
 }
 
+// Runs body(block, first pixel, last pixel, d, d_block, scratch, chunk) over all output pixels: tiles of d, or, where d
+// is null, images whose d is computed on the spot.
 template <typename T>
-Norm Block<T>::project(const T* d, T* y) const {
-  const int64_t tile = cpu::project_pixels(f), tiles = ceil_div(pixels_out(), tile);
-  const int64_t chunks = std::min<int64_t>(tiles, 4 * wanted_units);
-  PartialMoments partial(chunks, blocks(f.co) * lanes);
+template <typename Body>
+void Block<T>::for_outputs(const T* d, int64_t chunks, Body body) const {
+  const int64_t pixels = f.ho * f.wo, tile = cpu::project_pixels(f);
+  const int64_t pieces = d == nullptr ? f.images : ceil_div(pixels_out(), tile);
+  const int64_t wide = d == nullptr ? blocks(f.ch) * pixels * lanes : 0;
+  const int64_t size = std::max(d == nullptr ? cpu::forward_scratch(f, 1) : 0, cpu::project_scratch(f));
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(static_cast<size_t>(cpu::project_scratch(f)) * sizeof(T));
-    for (int64_t i = begin; i < end; ++i) {
-      cpu::Moments part = partial.part(i);
-      cpu::kernels_for<T>().project(f, tiles * i / chunks * tile, std::min(tiles * (i + 1) / chunks * tile, pixels_out()),
-                                    d, wide_block(), y, &part, scratch.as<T>());
-      partial.counts[static_cast<size_t>(i)] = part.count;
+    const Workspace memory(static_cast<size_t>(wide + size) * sizeof(T));
+    T *own = memory.as<T>(), *scratch = own + wide;
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = pieces * c / chunks, last = pieces * (c + 1) / chunks;
+      if (d != nullptr) {
+        body(f, first * tile, std::min(last * tile, pixels_out()), d, wide_block(), scratch, c, int64_t{0});
+        continue;
+      }
+      for (int64_t i = first; i < last; ++i) {
+        const cpu::MBConv<T> one = image(i);
+        cpu::kernels_for<T>().expand_depthwise(one, {0, 1, 0, blocks(f.ch), 0, f.ho}, own, pixels * lanes, nullptr,
+                                               scratch);
+        body(one, int64_t{0}, pixels, static_cast<const T*>(own), pixels * lanes, scratch, c, i);
+      }
     }
   });
+}
+
+template <typename T>
+int64_t Block<T>::output_chunks(const T* d) const {
+  return std::min(4 * wanted_units, d == nullptr ? f.images : ceil_div(pixels_out(), cpu::project_pixels(f)));
+}
+
+template <typename T>
+Norm Block<T>::project(const T* d, T* y) const {
+  const int64_t chunks = output_chunks(d);
+  PartialMoments partial(chunks, blocks(f.co) * lanes);
+  for_outputs(d, chunks,
+              [&](const auto& one, int64_t first, int64_t last, const T* wide, int64_t wide_block, T* scratch,
+                  int64_t chunk, int64_t image) {
+                cpu::Moments part = partial.part(chunk);
+                cpu::kernels_for<T>().project(one, first, last, wide, wide_block, y + image * f.ho * f.wo * f.co, &part,
+                                              scratch);
+                partial.counts[static_cast<size_t>(chunk)] = part.count;
+              });
   return partial.total(f.co);
 }
 
 template <typename T>
 double Block<T>::gate(const T* d, const Tensor& grad) {
-  const int64_t tile = cpu::project_pixels(f), tiles = ceil_div(pixels_out(), tile);
-  const int64_t chunks = std::min<int64_t>(tiles, 4 * wanted_units), c = blocks(f.co) * lanes;
+  const int64_t chunks = output_chunks(d), c = blocks(f.co) * lanes;
   f.grad = grad.const_data_ptr<T>();
   PartialMoments partial(chunks, c);
   std::vector<double> sums(static_cast<size_t>(2 * chunks * c), 0.0);
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(static_cast<size_t>(cpu::project_scratch(f)) * sizeof(T));
-    for (int64_t i = begin; i < end; ++i) {
-      cpu::Moments part = partial.part(i);
-      double* sum_g = sums.data() + 2 * i * c;
-      cpu::kernels_for<T>().probe(f, tiles * i / chunks * tile, std::min(tiles * (i + 1) / chunks * tile, pixels_out()), d,
-                                  wide_block(), part, sum_g, sum_g + c, scratch.as<T>());
-      partial.counts[static_cast<size_t>(i)] = part.count;
-    }
-  });
+  for_outputs(d, chunks,
+              [&](const auto& one, int64_t first, int64_t last, const T* wide, int64_t wide_block, T* scratch,
+                  int64_t chunk, int64_t) {
+                cpu::Moments part = partial.part(chunk);
+                double* sum_g = sums.data() + 2 * chunk * c;
+                cpu::kernels_for<T>().probe(one, first, last, wide, wide_block, part, sum_g, sum_g + c, scratch);
+                partial.counts[static_cast<size_t>(chunk)] = part.count;
+              });
   for (int64_t i = 1; i < chunks; ++i)
     for (int64_t j = 0; j < 2 * c; ++j) sums[static_cast<size_t>(j)] += sums[static_cast<size_t>(2 * i * c + j)];
   Norm batch = partial.total(f.co);
@@ -347,27 +401,16 @@ void Block<T>::infer(T* out) {
   std::vector<double> bias = to_doubles(a.b3);
   for (int64_t c = 0; c < f.co; ++c) bias[c] -= third.scale[c] * third.mean[c];
   f.project_bias = per_channel(bias);
-  if (f.images < wanted_units / 4) {  // too few to share out: all threads in each pass
-    const Workspace d(static_cast<size_t>(wide_size()) * sizeof(T));
-    depthwise(d.as<T>(), false);
-    const int64_t tile = cpu::project_pixels(f), tiles = ceil_div(pixels_out(), tile);
-    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      const Workspace scratch(static_cast<size_t>(cpu::project_scratch(f)) * sizeof(T));
-      cpu::kernels_for<T>().project(f, begin * tile, std::min(end * tile, pixels_out()), d.as<T>(), wide_block(), out,
-                                    nullptr, scratch.as<T>());
-    });
-    return;
-  }
-  const int64_t pixels = f.ho * f.wo, wide = blocks(f.ch) * pixels * lanes;
-  const int64_t scratch_size = std::max(cpu::forward_scratch(f, 1), cpu::project_scratch(f));
-  at::parallel_for(0, f.images, 1, [&](int64_t begin, int64_t end) {
-    const Workspace memory(static_cast<size_t>(wide + scratch_size) * sizeof(T));
-    T *d = memory.as<T>(), *scratch = d + wide;
-    for (int64_t i = begin; i < end; ++i) {
-      cpu::kernels_for<T>().expand_depthwise(f, {i, 1, 0, blocks(f.ch), 0, f.ho}, d, pixels * lanes, nullptr, scratch);
-      cpu::kernels_for<T>().project(f, 0, pixels, d, pixels * lanes, out + i * pixels * f.co, nullptr, scratch);
-    }
-  });
+  const bool stream = f.images >= stream_images;
+  const Workspace memory(stream ? 0 : static_cast<size_t>(wide_size()) * sizeof(T));
+  T* d = stream ? nullptr : memory.as<T>();
+  if (!stream) depthwise(d, false);
+  for_outputs(static_cast<const T*>(d), output_chunks(d),
+              [&](const auto& one, int64_t first, int64_t last, const T* wide, int64_t wide_block, T* scratch, int64_t,
+                  int64_t image) {
+                cpu::kernels_for<T>().project(one, first, last, wide, wide_block, out + image * f.ho * f.wo * f.co,
+                                              nullptr, scratch);
+              });
 }
 
 template class Block<float>;

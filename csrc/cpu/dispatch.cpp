@@ -57,11 +57,6 @@ const Kernels& kernels() {
   return table;
 }
 
-int64_t gram_scratch(int64_t channels) {
-  constexpr int64_t rows = 32, widest_tile = 32;  // 2 vectors of 16 floats
-  return rows * ((channels + widest_tile - 1) / widest_tile * widest_tile) + 4 * widest_tile;
-}
-
 template <>
 const KernelsFor<float>& kernels_for<float>() {
   return kernels().f32;

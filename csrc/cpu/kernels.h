@@ -8,6 +8,9 @@
 
 namespace pf::cpu {
 
+constexpr int64_t gram_rows = 256;  // short enough that sums in T lose nothing, long enough to be added up in double
+PF_HELPER int64_t gram_scratch(int64_t channels) { return blocks(channels) * lanes * (gram_rows + lanes); }
+
 // A batch of images seen as pixels x channels: element (n, p, c) is at data[n * stride_n + p * stride_p + c *
 // stride_c].
 template <typename T>
@@ -39,6 +42,12 @@ struct KernelsFor {
   // Rows first..last-1 (row = image * pixels + pixel): adds sum(x - pivot) to sum[C] and the upper triangle of
   // sum((x - pivot)(x - pivot)^T) to gram[C * C], in double. scratch holds gram_scratch(C) elements.
   void (*gram)(const Pixels<T>& x, const T* pivot, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
+
+  // mean_out = w mean and out = w C w^T for each of the rows of w (n elements each). panel: [blocks(n)][n][16], the
+  // upper triangle of C by blocks, those off the diagonal doubled; mean is padded to whole blocks; scratch: rows * 16 *
+  // (blocks(n) + 1).
+  void (*quadratic)(const T* w, int64_t rows, int64_t n, const double* mean, const double* panel, double* mean_out,
+                    double* out, double* scratch);
 
   // The passes of a fused MBConv (cpu/mbconv.h). Pixels first..last-1 of the output; wide tensors are blocks d_block
   // elements apart; sums are added to what they point at.
@@ -76,11 +85,9 @@ struct KernelsFor {
   // With g the gradient before the activation: sum(g) and sum(g (x - mean)).
   void (*norm_sums)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, double* sum, double* sum_x);
   // dx = scale * g + slope * (x - mean) + offset; slope and offset are [blocks(channels)][16].
-  void (*norm_backward)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, const T* slope,
-                        const T* offset, T* dx);
+  void (*norm_backward)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, const T* slope, const T* offset,
+                        T* dx);
 };
-
-int64_t gram_scratch(int64_t channels);
 
 struct Kernels {
   const char* name;

@@ -1,9 +1,10 @@
-// What the passes of a fused MBConv share. A block of the network is expand (1x1) -> BN -> activation -> depthwise (k x k)
+// What the passes of a fused MBConv share. A block of the network is expand (1x1) -> BN -> activation -> depthwise (k x
+// k)
 // -> BN -> activation -> project (1x1) -> BN; docs/performance.md tells which pass does what.
 //
-// Narrow tensors (x, y and their gradients) are channels-last: rows of pixels. Wide tensors, tiles and packed weights are
-// in blocks of 16 channels, [block][row][16]: a pixel of a block is one cache line of float32, every kernel addresses it
-// by constant offsets, and the layout is the same for every instruction set.
+// Narrow tensors (x, y and their gradients) are channels-last: rows of pixels. Wide tensors, tiles and packed weights
+// are in blocks of 16 channels, [block][row][16]: a pixel of a block is one cache line of float32, every kernel
+// addresses it by constant offsets, and the layout is the same for every instruction set.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +13,8 @@ namespace pf::cpu {
 constexpr int64_t lanes = 16;
 constexpr int64_t group = 2;  // blocks of expanded channels that go through the passes together
 
-#define PF_HELPER [[maybe_unused]] static inline __attribute__((always_inline))  // never one shared copy, see CMakeLists
+#define PF_HELPER \
+  [[maybe_unused]] static inline __attribute__((always_inline))  // never one shared copy, see CMakeLists
 
 PF_HELPER int64_t blocks(int64_t channels) { return (channels + lanes - 1) / lanes; }
 
@@ -27,21 +29,21 @@ struct MBConv {
   Activation activation;
   T low, high;
 
-  const T* x;             // (images, h, w, ci)
-  const T* center;        // [blocks(ci)][16]: subtracted from x wherever it is read, to save the digits of a large mean
-  const T* expand_in;     // [blocks(ch)][ci][16]: expand weights times the scale of the first BN
-  const T* expand_bias;   // [blocks(ch)][16]
-  const T* taps;          // [blocks(ch)][kernel * kernel][16]
+  const T* x;            // (images, h, w, ci)
+  const T* center;       // [blocks(ci)][16]: subtracted from x wherever it is read, to save the digits of a large mean
+  const T* expand_in;    // [blocks(ch)][ci][16]: expand weights times the scale of the first BN
+  const T* expand_bias;  // [blocks(ch)][16]
+  const T* taps;         // [blocks(ch)][kernel * kernel][16]
   const T *mean2, *scale2, *bias2;  // [blocks(ch)][16]: z = (d - mean2) * scale2 + bias2
-  const T* project_in;    // [blocks(co)][ch][16]
-  const T* project_bias;  // [blocks(co)][16], or null; inference only
+  const T* project_in;              // [blocks(co)][ch][16]
+  const T* project_bias;            // [blocks(co)][16], or null; inference only
 
   // Backward.
-  const T* taps_back;   // [blocks(ch)][kernel * kernel][16]: by phase of the stride, each phase turned round
-  const T* project_out; // [blocks(ch)][co][16]
-  const T* expand_out;  // [blocks(ci)][16 * blocks(ch)][16]: expand weights times the scale of the first BN
-  const T* y;           // (pixels out, co)
-  const T* grad;        // (pixels out, co)
+  const T* taps_back;    // [blocks(ch)][kernel * kernel][16]: by phase of the stride, each phase turned round
+  const T* project_out;  // [blocks(ch)][co][16]
+  const T* expand_out;   // [blocks(ci)][16 * blocks(ch)][16]: expand weights times the scale of the first BN
+  const T* y;            // (pixels out, co)
+  const T* grad;         // (pixels out, co)
   const T *mean3, *dy_grad, *dy_y, *dy_bias;  // [blocks(co)][16]: dY = dy_grad * G + dy_y * (y - mean3) + dy_bias
   const T *dd_dz, *dd_d, *dd_bias;            // [blocks(ch)][16]: dD = dd_dz * dz + dd_d * (d - mean2) + dd_bias
 };
@@ -53,7 +55,8 @@ struct Moments {
   double* m2;
 };
 
-// --- sizes of tiles and scratch, in elements ----------------------------------------------------------------------------
+// --- sizes of tiles and scratch, in elements
+// ----------------------------------------------------------------------------
 
 constexpr int64_t tile_elements = 1 << 17;  // half a MiB of float32: half of a common second-level cache
 

@@ -1,5 +1,5 @@
-// Activations and their derivatives on vectors. clamp covers ReLU6, ReLU and identity, and its derivative can be read off
-// its value; the others need the pre-activation.
+// Activations and their derivatives on vectors. clamp covers ReLU6, ReLU and identity, and its derivative can be read
+// off its value; the others need the pre-activation.
 #pragma once
 #include "cpu/mbconv.h"
 #include "kernels/vec.h"

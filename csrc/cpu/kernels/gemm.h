@@ -13,12 +13,12 @@ enum class Out { store, add, clamp };  // C = AB, C += AB, C = clamp(AB + bias)
 
 template <typename T>
 struct Product {
-  const T* a;         // [k / 16][a_block elements: row * 16 + k % 16], or transposed [k * 16 + row]
+  const T* a;  // [k / 16][a_block elements: row * 16 + k % 16], or transposed [k * 16 + row]
   int64_t a_block;
-  const T* b;         // [block][k * 16 + column]
+  const T* b;  // [block][k * 16 + column]
   int64_t b_block;
   int64_t k;
-  T* c;               // [block][row * 16 + column]
+  T* c;  // [block][row * 16 + column]
   int64_t c_block;
   Out out;
   const T* bias = nullptr;  // [block][16]

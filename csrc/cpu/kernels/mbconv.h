@@ -9,8 +9,8 @@ template <typename T>
 void project(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* y, Moments* moments,
              T* scratch);
 template <typename T>
-void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments, double* sum_g,
-           double* sum_yg, T* scratch);
+void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
+           double* sum_g, double* sum_yg, T* scratch);
 template <typename T>
 void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, T* out);
 template <typename T>

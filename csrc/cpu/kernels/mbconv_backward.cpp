@@ -12,12 +12,18 @@ namespace {
 template <typename Body>
 void with_taps(int64_t k, Body body) {
   switch (k) {
-    case 1: return body(std::integral_constant<int, 1>());
-    case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    case 4: return body(std::integral_constant<int, 4>());
-    case 5: return body(std::integral_constant<int, 5>());
-    case 7: return body(std::integral_constant<int, 7>());
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    case 4:
+      return body(std::integral_constant<int, 4>());
+    case 5:
+      return body(std::integral_constant<int, 5>());
+    case 7:
+      return body(std::integral_constant<int, 7>());
   }
 }
 
@@ -76,8 +82,8 @@ struct Phase {
 
 // q before its mask: the depthwise convolution of dD with the taps turned round, one phase at a time.
 template <typename T>
-void input_gradient(const MBConv<T>& f, const Reach<T>& reach, int64_t row, int64_t rows, const T* dd, const T* taps_back,
-                    T* q) {
+void input_gradient(const MBConv<T>& f, const Reach<T>& reach, int64_t row, int64_t rows, const T* dd,
+                    const T* taps_back, T* q) {
   const int64_t pad = f.kernel / 2, s = f.stride;
   for (int64_t y = row; y < row + rows; ++y) {
     const int64_t rest = (y + pad) % s, n = (f.kernel - rest + s - 1) / s;
@@ -268,9 +274,9 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
     if (!f.expand) continue;
     if (sums.expand != nullptr)
       for (int64_t c = 0; c < f.ci; c += lanes)
-        product<T, true>(f.ci - c < lanes ? f.ci - c : lanes, count,
-                         {packed + c * pixels, 0, q, size, pixels, sums.expand + (b * f.ci + c) * lanes, f.ci * lanes,
-                          Out::add});
+        product<T, true>(
+            f.ci - c < lanes ? f.ci - c : lanes, count,
+            {packed + c * pixels, 0, q, size, pixels, sums.expand + (b * f.ci + c) * lanes, f.ci * lanes, Out::add});
     if (dx != nullptr)
       product<T>(pixels, blocks(f.ci),
                  {q, size, f.expand_out + b * lanes * lanes, blocks(f.ch) * lanes * lanes, count * lanes, dx_tile, size,
@@ -301,11 +307,11 @@ void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correct
   }
 }
 
-#define PF_INSTANTIATE(T)                                                                                             \
-  template void pair_sums(const T*, const T*, int64_t, int64_t, const T*, double*, double*);                          \
-  template void backward_project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, double*, double*, T*, T*);\
-  template void backward_expand(const MBConv<T>&, const Strip&, const T*, const T*, int64_t, T*, const ExpandSums<T>&,\
-                                T*);                                                                                  \
+#define PF_INSTANTIATE(T)                                                                                              \
+  template void pair_sums(const T*, const T*, int64_t, int64_t, const T*, double*, double*);                           \
+  template void backward_project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, double*, double*, T*, T*); \
+  template void backward_expand(const MBConv<T>&, const Strip&, const T*, const T*, int64_t, T*, const ExpandSums<T>&, \
+                                T*);                                                                                   \
   template void finish_dx(const MBConv<T>&, int64_t, int64_t, const T*, const T*, T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)

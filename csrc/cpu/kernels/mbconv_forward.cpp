@@ -46,8 +46,8 @@ void expanded_rows(const MBConv<T>& f, int64_t image, const T* packed, int64_t p
 }
 
 template <typename T>
-void depthwise_rows(const MBConv<T>& f, int64_t first, int64_t last, const T* buffer, int64_t buffer_first, const T* taps,
-                    T* out) {
+void depthwise_rows(const MBConv<T>& f, int64_t first, int64_t last, const T* buffer, int64_t buffer_first,
+                    const T* taps, T* out) {
   const int64_t k = f.kernel, pad = k / 2, row_size = (f.w + 2 * pad) * lanes;
   for (int64_t y = first; y < last; ++y) {
     const int64_t top = y * f.stride - pad, from = top < 0 ? -top : 0, to = top + k > f.h ? f.h - top : k;
@@ -91,8 +91,7 @@ void projected(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int6
   for (int64_t p = first; p < last; p += most) {
     const int64_t n = p + most < last ? most : last - p;
     activate(f, d + p * lanes, d_block, n, z);
-    product<T>(n, blocks(f.co),
-               {z, n * lanes, f.project_in, f.ch * lanes, f.ch, y, n * lanes, Out::store});
+    product<T>(n, blocks(f.co), {z, n * lanes, f.project_in, f.ch * lanes, f.ch, y, n * lanes, Out::store});
     body(p, n, y);
   }
 }
@@ -100,7 +99,8 @@ void projected(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int6
 }  // namespace
 
 template <typename T>
-void expand_depthwise(const MBConv<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments, T* scratch) {
+void expand_depthwise(const MBConv<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments,
+                      T* scratch) {
   const int64_t k = f.kernel, s = f.stride, pad = k / 2, row_size = (f.w + 2 * pad) * lanes;
   const auto top = [&](int64_t y) { return y * s - pad < 0 ? 0 : y * s - pad; };
   const auto bottom = [&](int64_t y) { return y * s - pad + k > f.h ? f.h : y * s - pad + k; };  // one past the last
@@ -158,8 +158,8 @@ void project(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_
 }
 
 template <typename T>
-void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments, double* sum_g,
-           double* sum_yg, T* scratch) {
+void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
+           double* sum_g, double* sum_yg, T* scratch) {
   using V = Vec<T>;
   projected(f, first, last, d, d_block, scratch, [&](int64_t p, int64_t n, const T* tile) {
     for (int64_t b = 0; b < blocks(f.co); ++b)
@@ -169,16 +169,16 @@ void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t 
       const T* y = tile + in_block(c, n * lanes);
       const T* g = f.grad + p * f.co + c;
       const V pivot = V::load(y);
-      V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()}, t[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      V sum = V::zero(), product = V::zero();
       for (int64_t i = 0; i < n; ++i) {
         const V gv = load_some(g + i * f.co, width);
-        s[i % 4] = s[i % 4] + gv;
-        t[i % 4] = fma(V::load(y + i * lanes) - pivot, gv, t[i % 4]);
+        sum = sum + gv;
+        product = fma(V::load(y + i * lanes) - pivot, gv, product);
       }
-      const V sum = (s[0] + s[1]) + (s[2] + s[3]), product = (t[0] + t[1]) + (t[2] + t[3]);
       for (int j = 0; j < width; ++j) {
         sum_g[c + j] += static_cast<double>(sum.v[j]);
-        sum_yg[c + j] += static_cast<double>(product.v[j]) + static_cast<double>(pivot.v[j]) * static_cast<double>(sum.v[j]);
+        sum_yg[c + j] +=
+            static_cast<double>(product.v[j]) + static_cast<double>(pivot.v[j]) * static_cast<double>(sum.v[j]);
       }
     });
   });
@@ -193,10 +193,10 @@ void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale
     });
 }
 
-#define PF_INSTANTIATE(T)                                                                                             \
-  template void expand_depthwise(const MBConv<T>&, const ForwardUnit&, T*, int64_t, Moments*, T*);                    \
-  template void project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, Moments*, T*);                     \
-  template void probe(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, Moments&, double*, double*, T*);         \
+#define PF_INSTANTIATE(T)                                                                                     \
+  template void expand_depthwise(const MBConv<T>&, const ForwardUnit&, T*, int64_t, Moments*, T*);            \
+  template void project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, Moments*, T*);             \
+  template void probe(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, Moments&, double*, double*, T*); \
   template void affine(const T*, int64_t, int64_t, const T*, const T*, const T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)

@@ -29,14 +29,18 @@ PF_INLINE void store_some(Vec<T> v, T* p, int n) {
 // Where channel i of a pixel lies in blocks `block_size` elements apart.
 PF_HELPER int64_t in_block(int64_t i, int64_t block_size) { return i / lanes * block_size + i % lanes; }
 
-// blocks[c / 16][pixel][c % 16] = x[pixel][c] - center[c]
+// blocks[c / 16][pixel][c % 16] = x[pixel][c] - center[c], and zeros up to the end of the last block.
 template <typename T>
 void pack(const T* x, int64_t pixels, int64_t c, const T* center, T* out, int64_t block_size) {
   using V = Vec<T>;
-  for (int64_t p = 0; p < pixels; ++p, x += c, out += lanes)
+  constexpr int w = V::width;
+  const int64_t end = blocks(c) * lanes;
+  for (int64_t p = 0; p < pixels; ++p, x += c, out += lanes) {
     for_vectors<T>(c, [&](int64_t i, int n) __attribute__((always_inline)) {
       (load_some(x + i, n) - V::load(center + i)).store(out + in_block(i, block_size));
     });
+    for (int64_t i = (c + w - 1) / w * w; i < end; i += w) V::zero().store(out + in_block(i, block_size));
+  }
 }
 
 // x[pixel][c] = blocks[c / 16][pixel][c % 16] (+ bias[c])

@@ -1,6 +1,8 @@
 // Gate dot product and Gram statistics: the two reductions every search step runs over whole activations.
 #include "kernels/statistics.h"
 
+#include "kernels/gemm.h"
+#include "kernels/rows.h"
 #include "kernels/vec.h"
 
 namespace pf::cpu::PF_ISA {
@@ -37,48 +39,74 @@ double dot(const T* a, const T* b, int64_t n) {
   return total;
 }
 
-// Rows are copied, less the pivot, into a padded block that stays in cache whatever the memory format; the block's
-// upper triangle is then a small symmetric rank-k update with a register tile of 4 rows by 2 vectors.
+// Rows are copied, less the pivot, into blocks that stay in cache whatever the memory format; their products are then
+// those of every block with the blocks after it.
 template <typename T>
 void gram(const Pixels<T>& x, const T* pivot, int64_t first, int64_t last, double* sum, double* gram, T* scratch) {
   using V = Vec<T>;
   constexpr int w = V::width;
-  const int64_t c = x.channels, ld = (c + 2 * w - 1) / (2 * w) * (2 * w);
-  T* block = scratch;                  // gram_rows x ld
-  T* part = scratch + gram_rows * ld;  // 4 x 2w
+  const int64_t c = x.channels, n = blocks(c);
+  T* packed = scratch;
+  T* tile = scratch + n * lanes * gram_rows;  // [block][16][16]
   for (int64_t r0 = first; r0 < last; r0 += gram_rows) {
-    const int64_t rows = r0 + gram_rows < last ? gram_rows : last - r0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* src = x.data + (r0 + r) / x.pixels * x.stride_n + (r0 + r) % x.pixels * x.stride_p;
-      T* dst = block + r * ld;
-      if (x.stride_c == 1) {
-        for (int64_t i = 0; i < c; ++i) dst[i] = src[i] - pivot[i];
-      } else {
-        for (int64_t i = 0; i < c; ++i) dst[i] = src[i * x.stride_c] - pivot[i];
-      }
-      for (int64_t i = c; i < ld; ++i) dst[i] = 0;
-    }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < c; ++j) sum[j] += static_cast<double>(block[r * ld + j]);
-    for (int64_t j = 0; j < ld; j += 2 * w) {
-      const int64_t i_end = j + 2 * w < c ? j + 2 * w : c;  // the upper triangle: i <= j of the tile's last column
-      for (int64_t i = 0; i < i_end; i += 4) {
-        V t00 = V::zero(), t01 = t00, t10 = t00, t11 = t00, t20 = t00, t21 = t00, t30 = t00, t31 = t00;
+    const int64_t rows = r0 + gram_rows < last ? gram_rows : last - r0, size = rows * lanes;
+    const bool dense = x.stride_c == 1 && x.stride_p == c && (x.images == 1 || x.stride_n == x.pixels * c);
+    if (dense) {
+      pack(x.data + r0 * c, rows, c, pivot, packed, size);
+    } else {
+      for (int64_t i = 0; i < n * lanes; ++i)
         for (int64_t r = 0; r < rows; ++r) {
-          const T* row = block + r * ld;  // ld is a multiple of 4, so that row[i + 3] exists
-          const V b0 = V::load(row + j), b1 = V::load(row + j + w);
-          const V a0 = V::broadcast(row[i]), a1 = V::broadcast(row[i + 1]);
-          const V a2 = V::broadcast(row[i + 2]), a3 = V::broadcast(row[i + 3]);
-          t00 = fma(a0, b0, t00), t01 = fma(a0, b1, t01), t10 = fma(a1, b0, t10), t11 = fma(a1, b1, t11);
-          t20 = fma(a2, b0, t20), t21 = fma(a2, b1, t21), t30 = fma(a3, b0, t30), t31 = fma(a3, b1, t31);
+          const int64_t at = (r0 + r) / x.pixels * x.stride_n + (r0 + r) % x.pixels * x.stride_p + i * x.stride_c;
+          packed[in_block(i, size) + r * lanes] = i < c ? x.data[at] - pivot[i] : T(0);
         }
-        t00.store(part), t01.store(part + w), t10.store(part + 2 * w), t11.store(part + 3 * w);
-        t20.store(part + 4 * w), t21.store(part + 5 * w), t30.store(part + 6 * w), t31.store(part + 7 * w);
-        for (int64_t ii = 0; ii < 4 && i + ii < c; ++ii)
-          for (int64_t jj = 0; jj < 2 * w && j + jj < c; ++jj)
-            gram[(i + ii) * c + j + jj] += static_cast<double>(part[ii * 2 * w + jj]);
+    }
+    for (int64_t i = 0; i < n * lanes; i += w) {
+      V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      const T* p = packed + in_block(i, size);
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) s[u] = s[u] + V::load(p + (r + u) * lanes);
+      for (; r < rows; ++r) s[0] = s[0] + V::load(p + r * lanes);
+      const V total = (s[0] + s[1]) + (s[2] + s[3]);
+      for (int j = 0; j < w && i + j < c; ++j) sum[i + j] += static_cast<double>(total.v[j]);
+    }
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t height = c - b * lanes < lanes ? c - b * lanes : lanes;
+      product<T, true>(height, n - b,
+                       {packed + b * size, 0, packed + b * size, size, rows, tile, lanes * lanes, Out::store});
+      for (int64_t j = b * lanes; j < c; j += lanes) {
+        const int64_t width = c - j < lanes ? c - j : lanes;
+        const T* t = tile + (j - b * lanes) * lanes;
+        for (int64_t i = 0; i < height; ++i, t += lanes)
+          for (int64_t l = 0; l < width; ++l) gram[(b * lanes + i) * c + j + l] += static_cast<double>(t[l]);
       }
     }
+  }
+}
+
+// w C w^T of each row w, of which panel holds the upper triangle by blocks, those off the diagonal doubled; and w mean.
+template <typename T>
+void quadratic(const T* w, int64_t rows, int64_t n, const double* mean, const double* panel, double* mean_out,
+               double* out, double* scratch) {
+  const int64_t size = rows * lanes;
+  double* a = scratch;
+  double* tile = scratch + blocks(n) * size;
+  for (int64_t r = 0; r < rows; ++r) {
+    double total = 0;
+    for (int64_t i = 0; i < blocks(n) * lanes; ++i) {
+      const double v = i < n ? static_cast<double>(w[r * n + i]) : 0;
+      a[in_block(i, size) + r * lanes] = v;
+      total += v * mean[i];
+    }
+    mean_out[r] = total;
+    out[r] = 0;
+  }
+  for (int64_t b = 0; b < blocks(n); ++b) {
+    const int64_t k = (b + 1) * lanes < n ? (b + 1) * lanes : n;
+    product<double>(rows, 1, {a, size, panel + b * n * lanes, 0, k, tile, 0, Out::store});
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < lanes; ++j) out[r] += tile[r * lanes + j] * a[b * size + r * lanes + j];
   }
 }
 
@@ -86,5 +114,7 @@ template double dot(const float*, const float*, int64_t);
 template double dot(const double*, const double*, int64_t);
 template void gram(const Pixels<float>&, const float*, int64_t, int64_t, double*, double*, float*);
 template void gram(const Pixels<double>&, const double*, int64_t, int64_t, double*, double*, double*);
+template void quadratic(const float*, int64_t, int64_t, const double*, const double*, double*, double*, double*);
+template void quadratic(const double*, int64_t, int64_t, const double*, const double*, double*, double*, double*);
 
 }  // namespace pf::cpu::PF_ISA

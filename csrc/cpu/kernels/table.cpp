@@ -12,6 +12,7 @@ template <typename T>
 constexpr KernelsFor<T> entries() {
   return {.dot = dot<T>,
           .gram = gram<T>,
+          .quadratic = quadratic<T>,
           .expand_depthwise = expand_depthwise<T>,
           .project = project<T>,
           .probe = probe<T>,
