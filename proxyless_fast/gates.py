@@ -61,25 +61,24 @@ def sample(net: nn.Module, mode: Mode = "path", generator: torch.Generator | Non
     if not labelled:
         raise ValueError(f"net must hold at least one MixedOp, got {type(net).__name__} with none")
     ops = list(labelled.values())
-    alphas = padded_alphas(ops).cpu().float()
-    p = torch.softmax(alphas, 1)
-    # The exponential race: argmax p/E is a categorical draw, and the first two finishers are a draw without
-    # replacement. A pruned or padded candidate has p = 0 and never finishes.
-    race = p / torch.empty_like(p).exponential_(generator=generator)
-    if mode != "two":
-        indices = torch.argmax(race, 1).tolist()
-        partners: list[int | None] = [None] * len(ops)
+    alphas = padded_alphas(ops).cpu().double()
+    # alpha plus Gumbel noise: the largest is a categorical draw, the two largest are a draw without replacement. A
+    # pruned or padded candidate stays at -inf. A softmax over rows would wake the thread pool for a few numbers.
+    noisy = alphas - torch.empty_like(alphas).exponential_(generator=generator).log_()
+    partners: list[int | None] = [None] * len(ops)
+    if mode != "two" or noisy.shape[1] == 1:
+        indices = torch.argmax(noisy, 1).tolist()
     else:
-        best = torch.topk(race, min(2, race.shape[1]), dim=1)
-        pair = best.indices if best.indices.shape[1] == 2 else best.indices.expand(-1, 2)
-        finished = torch.gather(p, 1, pair)[:, 1] > 0 if race.shape[1] > 1 else torch.zeros(len(ops), dtype=torch.bool)
-        first = torch.softmax(torch.gather(alphas, 1, pair), 1)[:, 0]
-        swap = finished & (torch.rand(len(ops), generator=generator) >= first)
+        pair = torch.topk(noisy, 2, dim=1).indices
+        first, second = torch.gather(alphas, 1, pair).unbind(1)
+        both = second > -torch.inf
+        swap = both & (torch.rand(len(ops), generator=generator) >= torch.sigmoid(first - second))
         pair = torch.where(swap[:, None], pair.flip(1), pair)
         indices = pair[:, 0].tolist()
-        partners = [b if ok else None for b, ok in zip(pair[:, 1].tolist(), finished.tolist(), strict=True)]
-    for op, index, partner in zip(ops, indices, partners, strict=True):
-        op._activate(index, mode, partner)
+        partners = [b if ok else None for b, ok in zip(pair[:, 1].tolist(), both.tolist(), strict=True)]
+    alive = (alphas > -torch.inf).tolist()
+    for op, index, partner, live in zip(ops, indices, partners, alive, strict=True):
+        op._activate(index, mode, partner, live)
     return dict(zip(labelled, indices, strict=True))
 
 
@@ -94,9 +93,10 @@ def activate_most_likely(net: nn.Module) -> dict[str, int]:
     labelled = mixed_ops(net)
     if not labelled:
         return {}
-    best = torch.argmax(padded_alphas(list(labelled.values())).detach().cpu(), 1).tolist()
-    for op, index in zip(labelled.values(), best, strict=True):
-        op._activate(index, "path", None)
+    alphas = padded_alphas(list(labelled.values())).detach().cpu()
+    best = torch.argmax(alphas, 1).tolist()
+    for op, index, live in zip(labelled.values(), best, (alphas > -torch.inf).tolist(), strict=True):
+        op._activate(index, "path", None, live)
     return dict(zip(labelled, best, strict=True))
 
 

@@ -56,6 +56,7 @@ class MixedOp(nn.Module):
         self.mode: Mode = "path"
         self.active = 0
         self.partner: int | None = None
+        self._gated = [0]
         self._pair_mass: Tensor | None = None
 
     def __len__(self) -> int:
@@ -77,11 +78,13 @@ class MixedOp(nn.Module):
 
     def gate_probabilities(self) -> Tensor:
         """The probabilities of the sampled gates, (N,), differentiable: in mode "two" softmax over the pair, else p."""
-        pair = self._pair() if self.mode == "two" else None
+        pair = self._pair()
         if pair is None:
             return self.probabilities()
-        p = torch.zeros_like(self.alpha)
-        return p.index_put((pair,), torch.softmax(self.alpha[pair], 0))
+        p = torch.softmax(pair, 0)
+        zero = p.new_zeros(())
+        places = {self.active: p[0], self.partner: p[1]}
+        return torch.stack([places.get(i, zero) for i in range(len(self))])
 
     @property
     def most_likely(self) -> int:
@@ -107,20 +110,24 @@ class MixedOp(nn.Module):
             raise ValueError(f"partner belongs to mode 'two', got {partner!r} in mode {mode!r}")
         if other == active:
             raise ValueError(f"partner must differ from the active candidate, got {partner!r} for both")
-        if mode == "two" and other is None and len(self) > 1 and bool((self.alpha > -torch.inf).sum() > 1):
+        alive = (self.alpha > -torch.inf).tolist()
+        if mode == "two" and other is None and sum(alive) > 1:
             raise ValueError("partner must be given in mode 'two', got None")
-        self._activate(active, mode, other)
+        self._activate(active, mode, other, alive)
 
-    def _activate(self, active: int, mode: Mode, partner: int | None) -> None:
+    def _activate(self, active: int, mode: Mode, partner: int | None, alive: Sequence[bool]) -> None:
+        """`activate` with checked arguments; alive: which candidates are not pruned, so that none is read again."""
         self.active, self.mode, self.partner = active, mode, partner
-        pair = self._pair() if mode == "two" else None
-        self._pair_mass = None if pair is None else torch.logsumexp(self.alpha.detach()[pair], 0)
+        if mode == "full":
+            self._gated = [active] + [i for i in range(len(self)) if alive[i] and i != active]
+        else:
+            self._gated = [active] if partner is None else [active, partner]
+        pair = self._pair()
+        self._pair_mass = None if pair is None else torch.logsumexp(pair.detach(), 0)
 
     def _pair(self) -> Tensor | None:
-        """(2,): the active index and its partner; None where there is no partner."""
-        if self.partner is None:
-            return None
-        return torch.tensor([self.active, self.partner], device=self.alpha.device)
+        """(2,): alpha of the active candidate and of its partner; None where there is no partner."""
+        return None if self.partner is None else torch.stack([self.alpha[self.active], self.alpha[self.partner]])
 
     @torch.no_grad()
     def rescale(self) -> None:
@@ -129,11 +136,12 @@ class MixedOp(nn.Module):
         Call it after the optimizer step of mode "two": the pair's probability then stays, and the candidates that were
         not sampled keep theirs (paper section 3.2.1; official rescale_updated_arch_param). Does nothing in other modes.
         """
-        pair = self._pair() if self.mode == "two" else None
+        pair = self._pair()
         if pair is None or self._pair_mass is None:
             return
-        alphas = self.alpha[pair]
-        self.alpha[pair] = alphas + (self._pair_mass - torch.logsumexp(alphas, 0))
+        shift = self._pair_mass - torch.logsumexp(pair, 0)
+        for i in self._gated:
+            self.alpha[i] += shift
 
     @torch.no_grad()
     def prune(self, threshold: float) -> list[str]:
@@ -171,10 +179,7 @@ class MixedOp(nn.Module):
 
     def gated(self) -> list[int]:
         """Indices of the candidates whose gates get a gradient in this step, the active one first."""
-        if self.mode == "two":
-            return [self.active] if self.partner is None else [self.active, self.partner]
-        alive = (self.alpha.detach() > -torch.inf).tolist()
-        return [self.active] + [i for i, live in enumerate(alive) if live and i != self.active]
+        return list(self._gated)
 
     def extra_repr(self) -> str:
         label = f"{self.label}: " if self.label else ""
@@ -209,7 +214,7 @@ class _Gates(torch.autograd.Function):
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         ctx.op, ctx.input_spec, ctx.outputs = op, input_spec, len(outputs)
-        ctx.gated, ctx.names = op.gated(), op.names
+        ctx.gated, ctx.pair = op.gated(), op.mode == "two"
         device = outputs[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
@@ -229,12 +234,20 @@ class _Gates(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
             gates = [_gate(grads, outputs)]
             gates += _probes(ctx.op, ctx.gated[1:], args, kwargs, grads)
-        index = torch.tensor(ctx.gated, device=alpha.device)
-        gate = torch.stack([g.to(alpha.device, alpha.dtype) for g in gates])
-        p = torch.softmax(alpha[index], 0)
-        grad_alpha = torch.zeros_like(alpha)
-        grad_alpha[index] = p * (gate - (p * gate).sum())
-        return None, None, None, grad_alpha, *grads
+        return None, None, None, _alpha_gradient(alpha, dict(zip(ctx.gated, gates, strict=True)), ctx.pair), *grads
+
+
+def _alpha_gradient(alpha: Tensor, gates: dict[int, Tensor], pair: bool) -> Tensor:
+    """sum_j dL/dg_j p_j (delta_ij - p_i) = p_i (g_i - <p, g>), (N,); p over the gated candidates alone if a pair.
+
+    Candidates are addressed by Python numbers, not by an index tensor that a GPU would have to wait for.
+    """
+    zero = alpha.new_zeros(())
+    out = alpha.new_full((), -torch.inf)
+    gate = torch.stack([gates[i].to(alpha.device, alpha.dtype) if i in gates else zero for i in range(len(alpha))])
+    logits = torch.stack([alpha[i] if i in gates else out for i in range(len(alpha))]) if pair else alpha
+    p = torch.softmax(logits, 0)
+    return p * (gate - (p * gate).sum())
 
 
 def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
