@@ -53,7 +53,9 @@ class CMakeBuild(build_ext):
                 f"proxyless_fast: no C++ compiler found ({compiler or 'c++, g++, clang++'}); install one "
                 "(Debian, Ubuntu: `apt-get install g++`) or name it in the environment variable CXX."
             )
-        cmake = shutil.which("cmake")
+        # The environment's own CMake first: an activated environment is not a given, and the system's may be old.
+        here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake = shutil.which("cmake", path=here)
         if cmake is None:
             sys.exit("proxyless_fast: cmake not found; `pip install cmake ninja` brings it.")
 
@@ -64,6 +66,7 @@ class CMakeBuild(build_ext):
         subprocess.run(
             [
                 cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=here) or 'ninja'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_CXX_COMPILER={compiler}",
