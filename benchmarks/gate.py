@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from .baselines import Paths, Settings, Subject
 
 # An error against float64 may be FACTOR times that of plain float32 PyTorch (the worse of its two layouts), plus FLOOR.
 FACTOR, FLOOR = 4, 1e-5
+SIZE_ERROR = 1e-5  # of float32 PyTorch's loss, where there is no float64 to measure it by
+SIDE, BATCH = 64, 8  # at most, for what runs in float64, where PyTorch's depthwise convolutions are slow
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 Gradients = dict[str, Tensor]
 
@@ -75,14 +78,14 @@ def distance(found: Gradients, truth: Gradients, names: Iterable[str]) -> float:
 
 
 def check(subjects: dict[str, Subject], settings: Settings, kinds: Iterable[str], paths: Paths) -> None:
-    """Run one step of each kind with every baseline, from the same weights and paths, and compare.
+    """Run steps with every baseline, from the same weights and paths, and compare with the definition.
 
-    The batch is smaller than the run's where the definition in float64 would not fit. Raises GateError naming the
-    baseline, the step kind and what disagrees.
+    One step of each kind on small images against float64: loss and gradients. One weight step of the run's own size
+    against float32: the loss. Raises GateError naming the baseline, the step kind and what disagrees.
     """
     net = settings.net()
     state = copy.deepcopy(net.state_dict())
-    data = settings.data(max(4, min(settings.batch, 8 * 112**2 // settings.resolution**2)))
+    data = replace(settings, resolution=min(settings.resolution, SIDE)).data(min(settings.batch, BATCH))
     for kind in kinds:
         for weighted in sorted({subject.weighted for subject in subjects.values()}):
             loss, truth = by_definition(net, data, paths, kind, weighted, torch.float64)
@@ -103,6 +106,16 @@ def check(subjects: dict[str, Subject], settings: Settings, kinds: Iterable[str]
                 _compare(f"{name}, {kind} step: the gradients of the {moved}", *errors)
                 subject.update(kind)
                 subject.load(state)
+    data = settings.data()
+    loss, _ = by_definition(net, data, paths, "weight", False, torch.float32, torch.channels_last)
+    for name, subject in subjects.items():
+        if not subject.weighted:
+            found_loss = subject.differentiate(subject.images(data[0]), data[1], paths, "weight")
+            _compare(
+                f"{name}, weight step of batch {settings.batch}: the loss", _relative(found_loss, loss), SIZE_ERROR
+            )
+            subject.update("weight")
+            subject.load(state)
 
 
 def _relative(found: Tensor, truth: Tensor) -> float:

@@ -73,13 +73,20 @@ def uniform_paths(net: Any) -> list[Paths]:
 
 
 def warm_up(subjects: dict[str, Subject], settings: Settings, kinds: list[str]) -> None:
-    """Run every candidate of every baseline once, so that no timed step waits for code to be generated."""
+    """Run every candidate once, so that no timed step waits for code to be generated.
+
+    What oneDNN generates serves all baselines of one memory format and all kinds; torch.compile's serves only its own.
+    """
     net, data = settings.net(), settings.data()
+    warmed = set()
     for name, subject in subjects.items():
-        images = subject.images(data[0])
-        for kind in kinds if BASELINES[name].slow else kinds[:1]:  # torch.compile makes other code for each kind
-            for path in uniform_paths(net)[: 1 if subject.weighted else None]:
-                subject.step(images, data[1], path, kind)
+        compiled = BASELINES[name].slow
+        if subject.weighted or (not compiled and (subject.layout in warmed or not BASELINES[name].peer)):
+            continue
+        warmed.add(subject.layout)
+        for kind in kinds if compiled else kinds[:1]:
+            for path in uniform_paths(net):
+                subject.step(subject.images(data[0]), data[1], path, kind)
 
 
 def unfit(subject: Subject, settings: Settings, path: Paths) -> str | None:

@@ -62,6 +62,11 @@ class Block:
         self.function = ops.mbconv if how == "op" else ops.mbconv_reference
         self.probing = ops.probe if how == "op" else ops.probe_reference
 
+    def double(self) -> "Block":
+        self.x, self.grad = self.x.double(), self.grad.double()
+        self.params = [p.double() for p in self.params]
+        return self
+
     def forward(self) -> torch.Tensor:
         return self.function(self.x, self.params, stride=self.stride)
 
@@ -83,6 +88,7 @@ class Block:
 
 
 def _close(found: torch.Tensor, truth: torch.Tensor) -> None:
+    # Within a float32 rounding of 0 or 6 an activation's mask may fall either way, with a small effect on the whole.
     assert (found - truth).norm() <= 1e-3 * truth.norm()
 
 
@@ -90,7 +96,7 @@ def _close(found: torch.Tensor, truth: torch.Tensor) -> None:
 @WIDES
 def test_mbconv_forward(benchmark, shape, how):
     with torch.no_grad():
-        _close(Block(shape, "op").forward(), Block(shape, "reference").forward())
+        _close(Block(shape, "op").forward(), Block(shape, "reference").double().forward())
     block = Block(shape, how)
     block.require(weights=True)
     benchmark(block.forward)
@@ -100,7 +106,7 @@ def test_mbconv_forward(benchmark, shape, how):
 @WIDES
 @pytest.mark.parametrize("weights", [True, False], ids=["all", "input"])
 def test_mbconv_backward(benchmark, shape, how, weights):
-    found, truth = Block(shape, "op"), Block(shape, "reference")
+    found, truth = Block(shape, "op"), Block(shape, "reference").double()
     for gradient, expected in zip(found.gradients(weights), truth.gradients(weights), strict=True):
         _close(gradient, expected)
     block = Block(shape, how)
@@ -111,7 +117,7 @@ def test_mbconv_backward(benchmark, shape, how, weights):
 @HOW
 @WIDES
 def test_mbconv_probe(benchmark, shape, how):
-    found, truth = Block(shape, "op"), Block(shape, "reference")
-    scale = found.grad.norm() * truth.forward().norm()
-    _close(found.probe() / scale + 1, truth.probe() / scale + 1)
+    found, truth = Block(shape, "op"), Block(shape, "reference").double()
+    scale = truth.grad.norm() * truth.forward().norm()
+    assert (found.probe() - truth.probe()).abs() <= 1e-5 * scale
     benchmark(Block(shape, how).probe)
