@@ -1,20 +1,19 @@
 """The fused MBConv against eager channels_last PyTorch, block by block: python benchmarks/ops_mbconv.py [--batch 32].
 
-Each figure is a ratio of medians of runs that alternate in one process; the correctness gate comes first. FLOPs are
-those of the plain algorithm, two per multiply-add, so that recomputation counts against the fused path.
+Runs of the two alternate in one process, and the fastest of each counts: other work on the machine disturbs it least;
+the correctness gate comes first. FLOPs are those of the plain algorithm, two per multiply-add, so that recomputation
+counts against the fused path.
 """
 
 import argparse
 import csv
 import platform
-import statistics
 import sys
 import time
 
 import torch
 
 import proxyless_fast as pf
-from proxyless_fast.ops import gram
 from proxyless_fast.ops.mbconv import mbconv, mbconv_reference, probe, probe_reference
 
 # in, out, size, stride, kernel, expand: blocks of the paper's ImageNet supernet at 224 x 224.
@@ -61,7 +60,7 @@ def make(batch, inputs, outputs, size, stride, kernel, expand):
     return x, params, running, torch.randn(batch, outputs, small, small).contiguous(**layout)
 
 
-def cases(block, batch):
+def cases(block, batch, clock):
     """Name -> (ours, eager, passes of forward FLOPs), each a function that times its own part and returns seconds."""
     x, params, running, grad = make(batch, *block)
     options = {"stride": block[3], "eps": 1e-3}
@@ -69,9 +68,9 @@ def cases(block, batch):
     trained = [p.clone().requires_grad_() for p in params]
 
     def timed(work):
-        start = time.perf_counter()
+        start = clock()
         work()
-        return time.perf_counter() - start
+        return clock() - start
 
     def training(function, **more):
         return timed(lambda: function(leaf, trained, running, **options, **more))
@@ -101,31 +100,34 @@ def cases(block, batch):
 
 
 def check(block, batch):
-    """The gate: no figure for a wrong result."""
+    """The gate: no figure for a wrong result. Against float64; a kink that rounding crosses is worth up to 1e-3."""
     x, params, running, grad = make(batch, *block)
-    results = []
-    for function in (mbconv, mbconv_reference):
-        leaves = [t.clone().requires_grad_() for t in (x, *params)]
-        out = function(leaves[0], leaves[1:], [r.clone() for r in running], stride=block[3], eps=1e-3)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
-    for ours, eager in zip(*results, strict=True):
-        # By norm: an element whose activation sits on a kink within rounding may fall to either side of it.
-        assert (ours - eager).norm() <= 3e-3 * eager.norm() + 1e-3 * grad.norm(), block
-    gates = [f(x, grad, [params], [running], stride=block[3], eps=1e-3) for f in (probe, probe_reference)]
-    torch.testing.assert_close(*gates, rtol=0, atol=1e-3 * grad.norm().item())
-    mean, _ = gram(x)
-    torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    options = {"stride": block[3], "eps": 1e-3}
+
+    def everything(function, gates, dtype):
+        cast = [[t.to(dtype) for t in tensors] for tensors in ((x, *params), running)]
+        leaves = [t.clone().requires_grad_() for t in cast[0]]
+        out = function(leaves[0], leaves[1:], [r.clone() for r in cast[1]], **options)
+        gate = gates(cast[0][0], grad.to(dtype), [cast[0][1:]], [cast[1]], **options) / grad.norm().to(dtype)
+        return [gate, out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    truth = everything(mbconv_reference, probe_reference, torch.float64)
+    eager = everything(mbconv_reference, probe_reference, torch.float32)
+    ours = everything(mbconv, probe, torch.float32)
+    for mine, theirs, exact in zip(ours, eager, truth, strict=True):
+        errors = [((t - exact).norm() / exact.norm()).item() for t in (mine, theirs)]
+        assert errors[0] <= 2 * errors[1] + 1e-3, (block, errors)
 
 
-def product_rate(n=2048, runs=5):
+def product_rate(clock, n=2048, runs=5):
     a, b = torch.randn(n, n), torch.randn(n, n)
     torch.mm(a, b)
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds)
+        seconds.append(clock() - start)
+    return 2 * n**3 / min(seconds)
 
 
 def main():
@@ -133,10 +135,14 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5, help="runs of each, alternating")
     parser.add_argument("--only", type=int, nargs="*", help="indices of blocks")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time: for one thread on a machine that has other work"
+    )
     parser.add_argument("--csv", help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rate = product_rate()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    rate = product_rate(clock)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {pf.instruction_set()}, "
         f"torch {torch.__version__}, float32, batch {arguments.batch}; torch.mm 2048: {rate / 1e9:.0f} GFLOP/s"
@@ -144,11 +150,11 @@ def main():
     print(f"{'in out size stride k e':26}{'pass':12}{'ms':>8}{'eager ms':>10}{'times':>7}{'GFLOP/s':>9}{'of mm':>7}")
     rows = []
     for block in [BLOCKS[i] for i in arguments.only] if arguments.only else BLOCKS:
-        check(block, min(arguments.batch, 8))
-        for name, (ours, eager, passes) in cases(block, arguments.batch).items():
+        check(block, min(arguments.batch, 2))
+        for name, (ours, eager, passes) in cases(block, arguments.batch, clock).items():
             ours(), eager()
             seconds = [(ours(), eager()) for _ in range(arguments.runs)]
-            mine, theirs = (statistics.median(s) for s in zip(*seconds, strict=True))
+            mine, theirs = (min(s) for s in zip(*seconds, strict=True))
             speed = passes * flops(arguments.batch, *block) / mine
             print(
                 f"{' '.join(map(str, block)):26}{name:12}{mine * 1e3:8.2f}{theirs * 1e3:10.2f}{theirs / mine:7.2f}"

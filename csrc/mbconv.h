@@ -76,6 +76,8 @@ class Block {
 
  private:
   std::vector<at::Tensor> owned_;
+  T* next_ = nullptr;  // where the last of them is free
+  int64_t left_ = 0;
   T* take(int64_t n);                                  // zeros, aligned, as long as the block lives
   const T* per_channel(const std::vector<double>& v);  // padded to whole blocks
   void pack_project(const std::vector<double>* scale);

@@ -1,7 +1,8 @@
 // Arguments of a fused MBConv, folded; and its forward passes over all images. Work is cut by shape, not by the number
 // of threads, and partial sums are merged in order: the same bits for any number of threads.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -86,9 +87,11 @@ struct PartialMoments {
 Tensor channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
 std::vector<double> to_doubles(const Tensor& t) {
-  const Tensor d = t.to(at::kDouble).contiguous();
-  const double* p = d.const_data_ptr<double>();
-  return {p, p + d.numel()};
+  const Tensor dense = t.contiguous();
+  std::vector<double> values(static_cast<size_t>(dense.numel()));
+  AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "to_doubles",
+                             [&] { std::copy_n(dense.const_data_ptr<scalar_t>(), values.size(), values.begin()); });
+  return values;
 }
 
 void Norm::fold(const Tensor& gamma, double eps) {
@@ -188,8 +191,17 @@ Block<T>::Block(const Arguments& arguments) : a(arguments) {
 
 template <typename T>
 T* Block<T>::take(int64_t n) {
-  owned_.push_back(at::zeros({n}, a.x.options().memory_format(at::MemoryFormat::Contiguous)));
-  return owned_.back().template mutable_data_ptr<T>();
+  n = ceil_div(n, lanes) * lanes;
+  if (left_ < n) {
+    left_ = std::max<int64_t>(n, 1 << 14);
+    owned_.push_back(at::empty({left_}, a.x.options().memory_format(at::MemoryFormat::Contiguous)));
+    next_ = owned_.back().template mutable_data_ptr<T>();
+  }
+  T* p = next_;
+  next_ += n;
+  left_ -= n;
+  std::fill_n(p, n, T(0));
+  return p;
 }
 
 template <typename T>
@@ -216,7 +228,7 @@ void Block<T>::first_from_batch() {
   norm.var.resize(static_cast<size_t>(f.ch));
   const T* w = a.w1.const_data_ptr<T>();
   at::parallel_for(0, ceil_div(f.ch, rows), 1 + 200000 / (rows * n * n), [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(static_cast<size_t>(rows * lanes * (blocks(n) + 1)));
+    std::vector<double> scratch(static_cast<size_t>(rows * lanes * (blocks(n) + 2)));
     for (int64_t i = begin * rows; i < std::min(end * rows, f.ch); i += rows)
       cpu::kernels_for<T>().quadratic(w + i * n, std::min(rows, f.ch - i), n, mean.data(), panel.data(),
                                       norm.mean.data() + i, norm.var.data() + i, scratch.data());

@@ -101,10 +101,19 @@ std::tuple<Tensor, Tensor> gram(const Tensor& input) {
     const double n = static_cast<double>(rows);
     auto* pm = mean.mutable_data_ptr<scalar_t>();
     auto* pc = cov.mutable_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < c; ++i) pm[i] = static_cast<scalar_t>(pivot[static_cast<size_t>(i)] + sum[i] / n);
-    for (int64_t i = 0; i < c; ++i)
+    std::vector<double> offset(sum, sum + c);
+    for (int64_t i = 0; i < c; ++i) {
+      offset[static_cast<size_t>(i)] /= n;
+      pm[i] =
+          static_cast<scalar_t>(static_cast<double>(pivot[static_cast<size_t>(i)]) + offset[static_cast<size_t>(i)]);
+    }
+    const double share = 1 / n;
+    for (int64_t i = 0; i < c; ++i) {
+      const double own = offset[static_cast<size_t>(i)];
       for (int64_t j = i; j < c; ++j)
-        pc[i * c + j] = pc[j * c + i] = static_cast<scalar_t>(second[i * c + j] / n - sum[i] / n * (sum[j] / n));
+        pc[i * c + j] = static_cast<scalar_t>(second[i * c + j] * share - own * offset[static_cast<size_t>(j)]);
+      for (int64_t j = 0; j < i; ++j) pc[i * c + j] = pc[j * c + i];
+    }
   });
   return {mean, cov};
 }

@@ -45,7 +45,7 @@ struct KernelsFor {
 
   // mean_out = w mean and out = w C w^T for each of the rows of w (n elements each). panel: [blocks(n)][n][16], the
   // upper triangle of C by blocks, those off the diagonal doubled; mean is padded to whole blocks; scratch: rows * 16 *
-  // (blocks(n) + 1).
+  // (blocks(n) + 2).
   void (*quadratic)(const T* w, int64_t rows, int64_t n, const double* mean, const double* panel, double* mean_out,
                     double* out, double* scratch);
 

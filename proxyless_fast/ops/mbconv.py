@@ -27,9 +27,7 @@ _ACTIVATIONS = {
     "silu": F.silu,
     "hardswish": F.hardswish,
 }
-_POLICIES = ("auto", "fast", "lean")
-AUTO_BYTES = 16 << 20
-"""Up to this size policy "auto" keeps a block's depthwise output for backward; a larger one it recomputes."""
+_KEEP = {"lean": 1, "fast": 2}
 
 
 def mbconv_reference(
@@ -121,19 +119,18 @@ def mbconv(
 
     x: float32 or float64, any memory format (channels-last is read as it is). `training` norms by the batch and moves
     `running`, if given, by `momentum` (the variance unbiased, as torch does); otherwise `running` norms, and gradients
-    flow as through a frozen norm. policy: "fast" keeps the depthwise output for backward, "lean" recomputes it (about
-    15 % slower a step), "auto" does the one or the other by the size of that tensor (`AUTO_BYTES`).
+    flow as through a frozen norm. policy: "fast" keeps the depthwise output for backward, "lean" recomputes it.
     gram: (mean, covariance) of x from `ops.gram`, if the caller has them, to share among the candidates of a layer.
     Differentiable once in x and params; backward does no work for weights that need no gradient.
     Raises ValueError naming the argument that does not fit.
     """
-    if policy not in _POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
+    if policy not in _KEEP:
+        raise ValueError(f"policy must be one of {', '.join(_KEEP)}, got {policy!r}")
     mean, cov = _statistics(x, gram, training and len(params) == 9)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     out, _, _, statistics = torch.ops.proxyless_fast.mbconv(
         x, params, [] if training else running, mean, cov, stride, activation, training, eps,
-        _keep(policy, x, params, stride) if differentiable else 0,
+        _KEEP[policy] if differentiable else 0,
     )  # fmt: skip
     if training and running:
         pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]
@@ -166,14 +163,6 @@ def probe(
             x, grad, [t for p in params for t in p], [t for r in running for t in r], [len(p) for p in params],
             mean, cov, stride, activation, training, momentum, eps,
         )  # fmt: skip
-
-
-def _keep(policy: str, x: Tensor, params: Sequence[Tensor], stride: int) -> int:
-    """What the op returns for backward: 1, y; 2, also d."""
-    if policy == "auto":
-        pixels = x.shape[0] * ((x.shape[2] - 1) // stride + 1) * ((x.shape[3] - 1) // stride + 1)
-        return 2 if pixels * params[-6].shape[0] * x.element_size() <= AUTO_BYTES else 1
-    return 2 if policy == "fast" else 1
 
 
 def _statistics(x: Tensor, gram: tuple[Tensor, Tensor] | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -91,22 +91,29 @@ void quadratic(const T* w, int64_t rows, int64_t n, const double* mean, const do
                double* out, double* scratch) {
   const int64_t size = rows * lanes;
   double* a = scratch;
-  double* tile = scratch + blocks(n) * size;
-  for (int64_t r = 0; r < rows; ++r) {
-    double total = 0;
-    for (int64_t i = 0; i < blocks(n) * lanes; ++i) {
-      const double v = i < n ? static_cast<double>(w[r * n + i]) : 0;
-      a[in_block(i, size) + r * lanes] = v;
-      total += v * mean[i];
+  double* tile = a + blocks(n) * size;
+  double* sums = tile + size;  // a sum for each lane: nothing waits for the sum before it
+  for (int64_t r = 0; r < rows; ++r, w += n) {
+    double part[lanes] = {};
+    for (int64_t b = 0; b < blocks(n); ++b) {
+      double* to = a + b * size + r * lanes;
+      const int64_t width = n - b * lanes < lanes ? n - b * lanes : lanes;
+      for (int64_t l = 0; l < width; ++l) to[l] = static_cast<double>(w[b * lanes + l]);
+      for (int64_t l = width; l < lanes; ++l) to[l] = 0;
+      for (int64_t l = 0; l < lanes; ++l) part[l] += to[l] * mean[b * lanes + l];
     }
-    mean_out[r] = total;
-    out[r] = 0;
+    mean_out[r] = 0;
+    for (int64_t l = 0; l < lanes; ++l) mean_out[r] += part[l];
   }
+  for (int64_t i = 0; i < size; ++i) sums[i] = 0;
   for (int64_t b = 0; b < blocks(n); ++b) {
     const int64_t k = (b + 1) * lanes < n ? (b + 1) * lanes : n;
     product<double>(rows, 1, {a, size, panel + b * n * lanes, 0, k, tile, 0, Out::store});
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < lanes; ++j) out[r] += tile[r * lanes + j] * a[b * size + r * lanes + j];
+    for (int64_t i = 0; i < size; ++i) sums[i] += tile[i] * a[b * size + i];
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    out[r] = 0;
+    for (int64_t l = 0; l < lanes; ++l) out[r] += sums[r * lanes + l];
   }
 }
 
