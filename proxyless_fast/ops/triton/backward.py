@@ -1,0 +1,158 @@
+"""Backward of project and expand: one pass over d, one over the gradient of e, and a narrow one that ends dX."""
+
+import triton
+import triton.language as tl
+
+from .common import activate, load_norm, through
+
+
+@triton.jit
+def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dweight, pixels, rows, CH: tl.constexpr,
+                     CO: tl.constexpr, ACT: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """dz = (dY Wp) act'(BN2(d)) with dY = p G + r (y - mean) + t, all from one read of d.
+
+    partial (programs, 2, CH): sums of dz and of dz (d - mean). dweight, where it is given, (programs, CO, CH): dY^T h
+    over `rows` pixels each. BN covers all of CO.
+    """
+    columns: tl.constexpr = (CH + BC - 1) // BC
+    program = tl.program_id(0) // columns
+    c = (tl.program_id(0) % columns) * BC + tl.arange(0, BC)
+    o = tl.arange(0, BN)
+    inside, inside_o = c < CH, o < CO
+    m2, s2, b2 = load_norm(norm2, c, inside, CH)
+    p = tl.load(affine3 + o, mask=inside_o, other=0.0)
+    q = tl.load(affine3 + CO + o, mask=inside_o, other=0.0)
+    t = tl.load(affine3 + 2 * CO + o, mask=inside_o, other=0.0)
+    m3 = tl.load(norm3 + o, mask=inside_o, other=0.0)
+    w = tl.load(weight + o[:, None] * CH + c[None, :], mask=inside_o[:, None] & inside[None, :], other=0.0)
+    sum_dz, sum_dzd = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if dweight is not None:
+        dw = tl.zeros((BN, BC), tl.float32)
+    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+        r = start + tl.arange(0, BM)
+        live = (r < pixels)[:, None]
+        row = r[:, None].to(tl.int64)
+        narrow = live & inside_o[None, :]
+        dy = p[None, :] * tl.load(grad + row * CO + o[None, :], mask=narrow, other=0.0).to(tl.float32)
+        if TRAINING:
+            yt = tl.load(y + row * CO + o[None, :], mask=narrow, other=0.0).to(tl.float32)
+            dy = tl.where(narrow, dy + q[None, :] * (yt - m3[None, :]) + t[None, :], 0.0)
+        dy = dy.to(d.dtype.element_ty)
+        wide = live & inside[None, :]
+        v = tl.load(d + row * CH + c[None, :], mask=wide, other=0.0).to(tl.float32) - m2[None, :]
+        z = v * s2[None, :] + b2[None, :]
+        if dweight is not None:
+            h = activate(z, ACT).to(d.dtype.element_ty)  # rows that are not live meet dY = 0
+            dw = tl.dot(tl.trans(dy), h, dw, input_precision=PRECISION)
+        dzt = through(tl.dot(dy, w, input_precision=PRECISION), z, ACT).to(dz.dtype.element_ty)
+        tl.store(dz + row * CH + c[None, :], dzt, mask=wide)
+        rounded = dzt.to(tl.float32)
+        sum_dz += tl.sum(rounded, 0)
+        sum_dzd += tl.sum(rounded * v, 0)
+    tl.store(partial + program * 2 * CH + c, sum_dz, mask=inside)
+    tl.store(partial + program * 2 * CH + CH + c, sum_dzd, mask=inside)
+    if dweight is not None:
+        at = dweight + program * (CO * CH) + o[:, None] * CH + c[None, :]
+        tl.store(at, dw, mask=inside_o[:, None] & inside[None, :])
+
+
+@triton.jit
+def expand_backward(de, x, mean_x, weight, norm1, dx, partial, dweight, pixels, rows, CI: tl.constexpr,
+                    CH: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+                    BC: tl.constexpr):  # fmt: skip
+    """One pass over de for a group of BC expanded channels: q = de act'(u), u recomputed from x.
+
+    dx, where it is given, float32 (pixels, CI): (q a1) W1; then BC must cover CH. partial, where it is given,
+    (programs, 2, CH): sums of q and of q (x W1^T - mean). dweight, where it is given, (programs, CH, CI):
+    A = q^T (x - mean_x) over `rows` pixels each. BI covers CI.
+    """
+    columns: tl.constexpr = (CH + BC - 1) // BC
+    program = tl.program_id(0) // columns
+    c = (tl.program_id(0) % columns) * BC + tl.arange(0, BC)
+    i = tl.arange(0, BI)
+    inside, inside_i = c < CH, i < CI
+    m1, s1, b1 = load_norm(norm1, c, inside, CH)
+    centre = tl.load(mean_x + i, mask=inside_i, other=0.0)
+    w = tl.load(weight + c[:, None] * CI + i[None, :], mask=inside[:, None] & inside_i[None, :], other=0.0)
+    sum_q, sum_qu = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if dweight is not None:
+        a = tl.zeros((BC, BI), tl.float32)
+    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+        r = start + tl.arange(0, BM)
+        live = (r < pixels)[:, None]
+        row = r[:, None].to(tl.int64)
+        xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0)
+        u = tl.dot(xt, tl.trans(w), input_precision=PRECISION) - m1[None, :]
+        g = tl.load(de + row * CH + c[None, :], mask=live & inside[None, :], other=0.0).to(tl.float32)
+        q = through(g, u * s1[None, :] + b1[None, :], ACT)
+        if partial is not None:
+            sum_q += tl.sum(q, 0)
+            sum_qu += tl.sum(q * u, 0)
+        if dx is not None:
+            part = tl.dot((q * s1[None, :]).to(x.dtype.element_ty), w, input_precision=PRECISION)
+            tl.store(dx + row * CI + i[None, :], part, mask=live & inside_i[None, :])
+        if dweight is not None:
+            xc = (xt.to(tl.float32) - centre[None, :]).to(x.dtype.element_ty)  # rows that are not live meet q = 0
+            a = tl.dot(tl.trans(q.to(x.dtype.element_ty)), xc, a, input_precision=PRECISION)
+    if partial is not None:
+        tl.store(partial + program * 2 * CH + c, sum_q, mask=inside)
+        tl.store(partial + program * 2 * CH + CH + c, sum_qu, mask=inside)
+    if dweight is not None:
+        at = dweight + program * (CH * CI) + c[:, None] * CI + i[None, :]
+        tl.store(at, a, mask=inside[:, None] & inside_i[None, :])
+
+
+@triton.jit
+def expand_input(de, x, weight, norm1, dx, partial, pixels, CI: tl.constexpr, CH: tl.constexpr, ACT: tl.constexpr,
+                 PRECISION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """dx and partial of `expand_backward` where CH is too wide for one program: a loop over groups of BC channels.
+
+    partial: (programs, 2, CH), one program for BM pixels.
+    """
+    program = tl.program_id(0)
+    i = tl.arange(0, BI)
+    inside_i = i < CI
+    r = program * BM + tl.arange(0, BM)
+    live = (r < pixels)[:, None]
+    row = r[:, None].to(tl.int64)
+    xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0)
+    acc = tl.zeros((BM, BI), tl.float32)
+    for k in range(0, CH, BC):
+        c = k + tl.arange(0, BC)
+        inside = c < CH
+        m1, s1, b1 = load_norm(norm1, c, inside, CH)
+        w = tl.load(weight + c[:, None] * CI + i[None, :], mask=inside[:, None] & inside_i[None, :], other=0.0)
+        u = tl.dot(xt, tl.trans(w), input_precision=PRECISION) - m1[None, :]
+        g = tl.load(de + row * CH + c[None, :], mask=live & inside[None, :], other=0.0).to(tl.float32)
+        q = through(g, u * s1[None, :] + b1[None, :], ACT)
+        tl.store(partial + program * 2 * CH + c, tl.sum(q, 0), mask=inside)
+        tl.store(partial + program * 2 * CH + CH + c, tl.sum(q * u, 0), mask=inside)
+        acc = tl.dot((q * s1[None, :]).to(x.dtype.element_ty), w, acc, input_precision=PRECISION)
+    tl.store(dx + row * CI + i[None, :], acc, mask=live & inside_i[None, :])
+
+
+@triton.jit
+def finish_input(part, x, mean_x, correction, constant, dx, pixels, CI: tl.constexpr, PRECISION: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """dx = part - (x - mean_x) correction - constant: what BN1's statistics take back, one narrow pass.
+
+    correction (CI, CI), in x's dtype, and constant (CI,) come from sums over all pixels (`compose`).
+    """
+    columns: tl.constexpr = (CI + BN - 1) // BN
+    r = (tl.program_id(0) // columns) * BM + tl.arange(0, BM)
+    o = (tl.program_id(0) % columns) * BN + tl.arange(0, BN)
+    live, inside = (r < pixels)[:, None], o < CI
+    row = r[:, None].to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, CI, BK):
+        i = k + tl.arange(0, BK)
+        inside_i = i < CI
+        xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0).to(tl.float32)
+        xt -= tl.load(mean_x + i, mask=inside_i, other=0.0)[None, :]
+        w = tl.load(correction + i[:, None] * CI + o[None, :], mask=inside_i[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(xt.to(x.dtype.element_ty), w, acc, input_precision=PRECISION)
+    at = row * CI + o[None, :]
+    k0 = tl.load(constant + o, mask=inside, other=0.0)
+    value = tl.load(part + at, mask=live & inside[None, :], other=0.0) - acc - k0[None, :]
+    tl.store(dx + at, value.to(dx.dtype.element_ty), mask=live & inside[None, :])

@@ -1,0 +1,69 @@
+"""What the kernels share: activations, their slopes, and the merging of moments.
+
+Activations are seen as rows of pixels x channels (channels-last memory), the channel counts known at compile time, so
+that the compiler sees which accesses are 16 bytes wide; the number of pixels is known at run time.
+
+A batch norm comes to a kernel as `norm`, float32 (4, C): mean, 1 / sqrt(var + eps), gamma / sqrt(var + eps), beta.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    # NaN goes through, as in torch: a search must see that its loss is not a number.
+    if ACT == "relu6":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        z = tl.minimum(z, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "relu":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "silu":
+        z = z * tl.sigmoid(z)
+    elif ACT == "hardswish":
+        z = z * tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    else:
+        tl.static_assert(ACT == "identity")
+    return z
+
+
+@triton.jit
+def through(grad, z, ACT: tl.constexpr):
+    """grad * act'(z)."""
+    if ACT == "relu6":
+        grad = tl.where((z <= 0.0) | (z >= 6.0), 0.0, grad)
+    elif ACT == "relu":
+        grad = tl.where(z <= 0.0, 0.0, grad)
+    elif ACT == "silu":
+        s = tl.sigmoid(z)
+        grad = grad * (s * (1.0 + z * (1.0 - s)))
+    elif ACT == "hardswish":
+        grad = tl.where(z < -3.0, 0.0, tl.where(z <= 3.0, grad * (z * (1.0 / 3.0) + 0.5), grad))
+    else:
+        tl.static_assert(ACT == "identity")
+    return grad
+
+
+@triton.jit
+def load_norm(norm, c, inside, C: tl.constexpr):
+    """mean, scale and shift of channels c: z = (v - mean) * scale + shift; zeros outside."""
+    mean = tl.load(norm + c, mask=inside, other=0.0)
+    scale = tl.load(norm + 2 * C + c, mask=inside, other=0.0)
+    shift = tl.load(norm + 3 * C + c, mask=inside, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def tile_moments(v, live, n):
+    """Mean over the n live rows of v, and the sum of squares about it. v must be 0 where not live."""
+    mean = tl.sum(v, 0) / n
+    apart = tl.where(live[:, None], v - mean[None, :], 0.0)
+    return mean, tl.sum(apart * apart, 0), apart
+
+
+@triton.jit
+def merge_moments(count, mean, m2, n, mean_n, m2_n):
+    """Moments of the union of two sets of rows (Chan, Golub, LeVeque 1979), which lose no digits to a large mean."""
+    total = count + n
+    delta = mean_n - mean
+    return total, mean + delta * (n / total), m2 + m2_n + delta * delta * (count * n / total)

@@ -1,0 +1,126 @@
+"""Depthwise convolution, forward and backward, by plain gathers through the first-level cache.
+
+Where the CUDA C++ part is built, its stencils do this job; these kernels make the Triton path whole without it.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import merge_moments, tile_moments
+
+
+@triton.jit
+def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_width, E_STRIDE: tl.constexpr,
+              D_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
+              BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """e (B, height, width, C), taps (C, K, K) to d (B, out_height, out_width, C), and d's partial moments.
+
+    *_STRIDE: elements between pixels, so that e and d may be columns of wider tensors. partial, where it is given:
+    (programs, 2, P_STRIDE), mean and sum of squares about it of `rows` output pixels each.
+    """
+    program = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < C
+    count, mean, m2 = 0.0, tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+        r = start + tl.arange(0, BM)
+        live = r < pixels
+        ox = r % out_width
+        oy = (r // out_width) % out_height
+        image = (r // (out_width * out_height)).to(tl.int64) * height
+        acc = tl.zeros((BM, BC), tl.float32)
+        for ky in tl.static_range(K):
+            for kx in tl.static_range(K):
+                iy, ix = oy * STRIDE + (ky - K // 2), ox * STRIDE + (kx - K // 2)
+                seen = live & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+                at = ((image + iy) * width + ix)[:, None] * E_STRIDE + c[None, :]
+                v = tl.load(e + at, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                w = tl.load(taps + c * (K * K) + ky * K + kx, mask=inside, other=0.0).to(tl.float32)
+                acc += v * w[None, :]
+        value = acc.to(d.dtype.element_ty)
+        at = r[:, None].to(tl.int64) * D_STRIDE + c[None, :]
+        tl.store(d + at, value, mask=live[:, None] & inside[None, :])
+        if partial is not None:
+            n = tl.minimum(pixels - start, BM).to(tl.float32)
+            tile_mean, tile_m2, _ = tile_moments(value.to(tl.float32), live, n)
+            count, mean, m2 = merge_moments(count, mean, m2, n, tile_mean, tile_m2)
+    if partial is not None:
+        tl.store(partial + program * 2 * P_STRIDE + c, mean, mask=inside)
+        tl.store(partial + program * 2 * P_STRIDE + P_STRIDE + c, m2, mask=inside)
+
+
+@triton.jit
+def load_dd(dz, d, row, c, live, p, r, t, mean, C: tl.constexpr, TRAINING: tl.constexpr):
+    """The gradient of d behind BN2's backward, p dz + r (d - mean) + t; zeros outside."""
+    at = row[:, None].to(tl.int64) * C + c[None, :]
+    dd = p[None, :] * tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+    if TRAINING:
+        dd += r[None, :] * (tl.load(d + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) + t[None, :]
+        dd = tl.where(live, dd, 0.0)
+    return dd
+
+
+@triton.jit
+def load_affine(affine, norm, c, inside, C: tl.constexpr):
+    p = tl.load(affine + c, mask=inside, other=0.0)
+    r = tl.load(affine + C + c, mask=inside, other=0.0)
+    t = tl.load(affine + 2 * C + c, mask=inside, other=0.0)
+    return p, r, t, tl.load(norm + c, mask=inside, other=0.0)
+
+
+@triton.jit
+def depthwise_input(dz, d, affine, norm, taps, de, pixels, height, width, out_height, out_width, C: tl.constexpr,
+                    K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr, BM: tl.constexpr,
+                    BC: tl.constexpr):  # fmt: skip
+    """de (B, height, width, C): the convolution's gradient, BN2's backward applied to (dz, d) as they are read."""
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < C
+    live = r < pixels
+    ix = r % width
+    iy = (r // width) % height
+    image = (r // (width * height)) * out_height
+    pa, ra, ta, mean = load_affine(affine, norm, c, inside, C)
+    acc = tl.zeros((BM, BC), tl.float32)
+    for ky in tl.static_range(K):
+        for kx in tl.static_range(K):
+            y, x = iy + (K // 2 - ky), ix + (K // 2 - kx)  # STRIDE times the output pixel that tap (ky, kx) serves
+            oy, ox = y // STRIDE, x // STRIDE
+            seen = live & (y >= 0) & (oy < out_height) & (x >= 0) & (ox < out_width)
+            if STRIDE > 1:
+                seen = seen & (y % STRIDE == 0) & (x % STRIDE == 0)
+            row = (image + oy) * out_width + ox
+            dd = load_dd(dz, d, row, c, seen[:, None] & inside[None, :], pa, ra, ta, mean, C, TRAINING)
+            w = tl.load(taps + c * (K * K) + ky * K + kx, mask=inside, other=0.0).to(tl.float32)
+            acc += dd * w[None, :]
+    at = r[:, None].to(tl.int64) * C + c[None, :]
+    tl.store(de + at, acc.to(de.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit
+def depthwise_weight(dz, d, affine, norm, e, partial, pixels, rows, height, width, out_height, out_width,
+                     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr, BM: tl.constexpr,
+                     BC: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+    """partial (programs, K * K, C): the taps' gradient over `rows` output pixels each."""
+    program = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < C
+    tap = tl.arange(0, BT)
+    pa, ra, ta, mean = load_affine(affine, norm, c, inside, C)
+    acc = tl.zeros((BT, BC), tl.float32)
+    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+        r = start + tl.arange(0, BM)
+        live = r < pixels
+        ox = r % out_width
+        oy = (r // out_width) % out_height
+        image = (r // (out_width * out_height)).to(tl.int64) * height
+        dd = load_dd(dz, d, r, c, live[:, None] & inside[None, :], pa, ra, ta, mean, C, TRAINING)
+        for ky in tl.static_range(K):
+            for kx in tl.static_range(K):
+                iy, ix = oy * STRIDE + (ky - K // 2), ox * STRIDE + (kx - K // 2)
+                seen = live & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+                at = ((image + iy) * width + ix)[:, None] * C + c[None, :]
+                v = tl.load(e + at, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                acc += tl.where(tap[:, None] == ky * K + kx, tl.sum(dd * v, 0)[None, :], 0.0)
+    at = partial + program * (K * K * C) + tap[:, None] * C + c[None, :]
+    tl.store(at, acc, mask=(tap < K * K)[:, None] & inside[None, :])

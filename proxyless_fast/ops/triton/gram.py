@@ -1,0 +1,60 @@
+"""Gram statistics: mean and covariance of x over its pixels, the batch norm after any 1x1 convolution of x in advance."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gram_partial(x, pivot, sums, seconds, pixels, rows, C: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+                 BC: tl.constexpr):  # fmt: skip
+    """About the pivot: sums (programs, C) and second moments (programs, C, C), upper tiles, of `rows` rows each.
+
+    The pivot, any value near the mean, saves the digits that the squares of far values would cost.
+    """
+    program = tl.program_id(0)
+    if tl.program_id(2) < tl.program_id(1):
+        return
+    i = tl.program_id(1) * BC + tl.arange(0, BC)
+    j = tl.program_id(2) * BC + tl.arange(0, BC)
+    inside_i, inside_j = i < C, j < C
+    pivot_i = tl.load(pivot + i, mask=inside_i, other=0.0).to(tl.float32)
+    pivot_j = tl.load(pivot + j, mask=inside_j, other=0.0).to(tl.float32)
+    total = tl.zeros((BC,), tl.float32)
+    second = tl.zeros((BC, BC), tl.float32)
+    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+        r = start + tl.arange(0, BM)
+        live = (r < pixels)[:, None]
+        row = r[:, None].to(tl.int64) * C
+        a = tl.load(x + row + i[None, :], mask=live & inside_i[None, :], other=0.0).to(tl.float32)
+        b = tl.load(x + row + j[None, :], mask=live & inside_j[None, :], other=0.0).to(tl.float32)
+        a = tl.where(live, a - pivot_i[None, :], 0.0)
+        b = tl.where(live, b - pivot_j[None, :], 0.0)
+        total += tl.sum(b, 0)
+        second = tl.dot(tl.trans(a.to(x.dtype.element_ty)), b.to(x.dtype.element_ty), second, input_precision=PRECISION)
+    if tl.program_id(1) == tl.program_id(2):
+        tl.store(sums + program * C + j, total, mask=inside_j)
+    at = seconds + program * (C * C) + i[:, None] * C + j[None, :]
+    tl.store(at, second, mask=inside_i[:, None] & inside_j[None, :])
+
+
+@triton.jit
+def gram_finish(pivot, sums, seconds, mean, cov, programs, pixels, C: tl.constexpr, TILE: tl.constexpr,
+                BC: tl.constexpr):  # fmt: skip
+    """mean (C,) and covariance (C, C), float64, from the partial sums; one row of cov per program."""
+    i = tl.program_id(0)
+    j = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = j < C
+    # Only the tiles on and above the diagonal were written; the others are their mirror.
+    swap = j // TILE < i // TILE
+    at = tl.where(swap, j * C + i, i * C + j)
+    second = tl.zeros((BC,), tl.float64)
+    sum_j = tl.zeros((BC,), tl.float64)
+    sum_i = tl.zeros((BC,), tl.float64)
+    for p in range(programs):
+        second += tl.load(seconds + p * (C * C) + at, mask=inside, other=0.0).to(tl.float64)
+        sum_j += tl.load(sums + p * C + j, mask=inside, other=0.0).to(tl.float64)
+        sum_i += tl.load(sums + p * C + i).to(tl.float64)
+    mean_j = sum_j / pixels
+    tl.store(cov + i * C + j, second / pixels - (sum_i / pixels) * mean_j, mask=inside)
+    if i == 0:
+        tl.store(mean + j, tl.load(pivot + j, mask=inside, other=0.0).to(tl.float64) + mean_j, mask=inside)

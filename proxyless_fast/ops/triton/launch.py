@@ -1,0 +1,40 @@
+"""Launching a kernel: device guard, block sizes, and how a reduction is cut into programs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import configs
+from .configs import Config
+
+
+def config(kernel: str, x: Tensor, width: int, **at_most: int) -> Config:
+    """`configs.config` for x's device and dtype."""
+    arch = configs.architecture(x.device.index) if x.is_cuda else 90
+    return configs.config(kernel, x.dtype, width, arch, **at_most)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a product of float32 operands rounds them: not at all, unless torch was told that tf32 is welcome."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def split(pixels: int, config: Config) -> tuple[int, int]:
+    """(rows, programs): each program reduces `rows` consecutive pixels.
+
+    A function of the shape and the table alone, so the order of summation, and every bit of the result, is too.
+    """
+    block = config.tile["BM"]
+    rows = -(-pixels // (block * config.programs)) * block
+    return rows, -(-pixels // rows)
+
+
+def run(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any) -> None:
+    """Launch on the current stream of the device of the first tensor."""
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **config.tile, **constants, num_warps=config.warps, num_stages=config.stages)
