@@ -1,4 +1,8 @@
-"""Backward of project and expand: one pass over d, one over the gradient of e, and a narrow one that ends dX."""
+"""Backward of project and expand: one pass over d, one over the gradient of e, and a narrow one that ends dX.
+
+Wide tiles are held as channels x pixels: then what belongs to a channel is spread over the threads of a matrix
+product's result instead of being repeated in each, and sums over pixels can be carried through a loop.
+"""
 
 import triton
 import triton.language as tl
@@ -25,36 +29,51 @@ def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dwe
     q = tl.load(affine3 + CO + o, mask=inside_o, other=0.0)
     t = tl.load(affine3 + 2 * CO + o, mask=inside_o, other=0.0)
     m3 = tl.load(norm3 + o, mask=inside_o, other=0.0)
-    w = tl.load(weight + o[:, None] * CH + c[None, :], mask=inside_o[:, None] & inside[None, :], other=0.0)
+    w = tl.load(weight + o[None, :] * CH + c[:, None], mask=inside_o[None, :] & inside[:, None], other=0.0)
     sum_dz, sum_dzd = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if dweight is not None:
-        dw = tl.zeros((BN, BC), tl.float32)
-    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+        dw = tl.zeros((BC, BN), tl.float32)
+    count = tl.minimum(rows, pixels - program * rows)
+    first = program.to(tl.int64) * rows
+    d += first * CH
+    dz += first * CH
+    grad += first * CO
+    y += first * CO
+    for start in range(0, count, BM):
         r = start + tl.arange(0, BM)
-        live = (r < pixels)[:, None]
-        row = r[:, None].to(tl.int64)
-        narrow = live & inside_o[None, :]
-        dy = p[None, :] * tl.load(grad + row * CO + o[None, :], mask=narrow, other=0.0).to(tl.float32)
+        narrow = (r < count)[:, None] & inside_o[None, :]
+        at = r[:, None] * CO + o[None, :]
+        dy = p[None, :] * tl.load(grad + at, mask=narrow, other=0.0).to(tl.float32)
         if TRAINING:
-            yt = tl.load(y + row * CO + o[None, :], mask=narrow, other=0.0).to(tl.float32)
+            yt = tl.load(y + at, mask=narrow, other=0.0).to(tl.float32)
             dy = tl.where(narrow, dy + q[None, :] * (yt - m3[None, :]) + t[None, :], 0.0)
         dy = dy.to(d.dtype.element_ty)
-        wide = live & inside[None, :]
-        v = tl.load(d + row * CH + c[None, :], mask=wide, other=0.0).to(tl.float32) - m2[None, :]
-        z = v * s2[None, :] + b2[None, :]
+        wide = inside[:, None] & (r < count)[None, :]
+        at = r[None, :] * CH + c[:, None]
+        v = tl.load(d + at, mask=wide, other=0.0).to(tl.float32) - m2[:, None]
+        z = v * s2[:, None] + b2[:, None]
         if dweight is not None:
-            h = activate(z, ACT).to(d.dtype.element_ty)  # rows that are not live meet dY = 0
-            dw = tl.dot(tl.trans(dy), h, dw, input_precision=PRECISION)
-        dzt = through(tl.dot(dy, w, input_precision=PRECISION), z, ACT).to(dz.dtype.element_ty)
-        tl.store(dz + row * CH + c[None, :], dzt, mask=wide)
+            h = activate(z, ACT).to(d.dtype.element_ty)  # pixels that are not live meet dY = 0
+            dw = tl.dot(h, dy, dw, input_precision=PRECISION)
+        dzt = through(tl.dot(w, tl.trans(dy), input_precision=PRECISION), z, ACT).to(dz.dtype.element_ty)
+        tl.store(dz + at, dzt, mask=wide)
         rounded = dzt.to(tl.float32)
-        sum_dz += tl.sum(rounded, 0)
-        sum_dzd += tl.sum(rounded * v, 0)
+        sum_dz += tl.sum(rounded, 1)
+        sum_dzd += tl.sum(rounded * v, 1)
     tl.store(partial + program * 2 * CH + c, sum_dz, mask=inside)
     tl.store(partial + program * 2 * CH + CH + c, sum_dzd, mask=inside)
     if dweight is not None:
-        at = dweight + program * (CO * CH) + o[:, None] * CH + c[None, :]
-        tl.store(at, dw, mask=inside_o[:, None] & inside[None, :])
+        at = dweight + program * (CO * CH) + o[None, :] * CH + c[:, None]
+        tl.store(at, dw, mask=inside_o[None, :] & inside[:, None])
+
+
+@triton.jit
+def masked_gradient(de, x, w, r, c, live, inside, m1, s1, b1, CH: tl.constexpr, ACT: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """q = de act'(BN1(x W1^T)) and x W1^T - mean, both (channels, pixels); q is 0 outside."""
+    u = tl.dot(w, tl.trans(x), input_precision=PRECISION) - m1[:, None]
+    g = tl.load(de + r[None, :] * CH + c[:, None], mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
+    return through(g, u * s1[:, None] + b1[:, None], ACT), u
 
 
 @triton.jit
@@ -63,13 +82,14 @@ def expand_backward(de, x, mean_x, weight, norm1, dx, partial, dweight, pixels, 
                     BC: tl.constexpr):  # fmt: skip
     """One pass over de for a group of BC expanded channels: q = de act'(u), u recomputed from x.
 
-    dx, where it is given, float32 (pixels, CI): (q a1) W1; then BC must cover CH. partial, where it is given,
+    dx, where it is given, (groups, pixels, CI): each group's share of (q a1) W1. partial, where it is given,
     (programs, 2, CH): sums of q and of q (x W1^T - mean). dweight, where it is given, (programs, CH, CI):
     A = q^T (x - mean_x) over `rows` pixels each. BI covers CI.
     """
     columns: tl.constexpr = (CH + BC - 1) // BC
     program = tl.program_id(0) // columns
-    c = (tl.program_id(0) % columns) * BC + tl.arange(0, BC)
+    column = tl.program_id(0) % columns
+    c = column * BC + tl.arange(0, BC)
     i = tl.arange(0, BI)
     inside, inside_i = c < CH, i < CI
     m1, s1, b1 = load_norm(norm1, c, inside, CH)
@@ -78,23 +98,29 @@ def expand_backward(de, x, mean_x, weight, norm1, dx, partial, dweight, pixels, 
     sum_q, sum_qu = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if dweight is not None:
         a = tl.zeros((BC, BI), tl.float32)
-    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+    count = tl.minimum(rows, pixels - program * rows)
+    first = program.to(tl.int64) * rows
+    de += first * CH
+    x += first * CI
+    if dx is not None:
+        dx += (column.to(tl.int64) * pixels + first) * CI
+    for start in range(0, count, BM):
         r = start + tl.arange(0, BM)
-        live = (r < pixels)[:, None]
-        row = r[:, None].to(tl.int64)
-        xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0)
-        u = tl.dot(xt, tl.trans(w), input_precision=PRECISION) - m1[None, :]
-        g = tl.load(de + row * CH + c[None, :], mask=live & inside[None, :], other=0.0).to(tl.float32)
-        q = through(g, u * s1[None, :] + b1[None, :], ACT)
+        live = r < count
+        at = r[:, None] * CI + i[None, :]
+        narrow = live[:, None] & inside_i[None, :]
+        xt = tl.load(x + at, mask=narrow, other=0.0)
+        q, u = masked_gradient(de, xt, w, r, c, live, inside, m1, s1, b1, CH, ACT, PRECISION)
         if partial is not None:
-            sum_q += tl.sum(q, 0)
-            sum_qu += tl.sum(q * u, 0)
+            sum_q += tl.sum(q, 1)
+            sum_qu += tl.sum(q * u, 1)
         if dx is not None:
-            part = tl.dot((q * s1[None, :]).to(x.dtype.element_ty), w, input_precision=PRECISION)
-            tl.store(dx + row * CI + i[None, :], part, mask=live & inside_i[None, :])
+            scaled = tl.trans((q * s1[:, None]).to(x.dtype.element_ty))
+            part = tl.dot(scaled, w, input_precision=PRECISION)
+            tl.store(dx + at, part.to(dx.dtype.element_ty), mask=narrow)
         if dweight is not None:
-            xc = (xt.to(tl.float32) - centre[None, :]).to(x.dtype.element_ty)  # rows that are not live meet q = 0
-            a = tl.dot(tl.trans(q.to(x.dtype.element_ty)), xc, a, input_precision=PRECISION)
+            centred = (xt.to(tl.float32) - centre[None, :]).to(x.dtype.element_ty)  # not live: meets q = 0
+            a = tl.dot(q.to(x.dtype.element_ty), centred, a, input_precision=PRECISION)
     if partial is not None:
         tl.store(partial + program * 2 * CH + c, sum_q, mask=inside)
         tl.store(partial + program * 2 * CH + CH + c, sum_qu, mask=inside)
@@ -112,38 +138,42 @@ def expand_input(de, x, weight, norm1, dx, partial, pixels, CI: tl.constexpr, CH
     """
     program = tl.program_id(0)
     i = tl.arange(0, BI)
-    inside_i = i < CI
-    r = program * BM + tl.arange(0, BM)
-    live = (r < pixels)[:, None]
-    row = r[:, None].to(tl.int64)
-    xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0)
+    r = tl.arange(0, BM)
+    first = program.to(tl.int64) * BM
+    inside_i, live = i < CI, r < pixels - first
+    de += first * CH
+    x += first * CI
+    dx += first * CI
+    at = r[:, None] * CI + i[None, :]
+    narrow = live[:, None] & inside_i[None, :]
+    xt = tl.load(x + at, mask=narrow, other=0.0)
     acc = tl.zeros((BM, BI), tl.float32)
     for k in range(0, CH, BC):
         c = k + tl.arange(0, BC)
         inside = c < CH
         m1, s1, b1 = load_norm(norm1, c, inside, CH)
         w = tl.load(weight + c[:, None] * CI + i[None, :], mask=inside[:, None] & inside_i[None, :], other=0.0)
-        u = tl.dot(xt, tl.trans(w), input_precision=PRECISION) - m1[None, :]
-        g = tl.load(de + row * CH + c[None, :], mask=live & inside[None, :], other=0.0).to(tl.float32)
-        q = through(g, u * s1[None, :] + b1[None, :], ACT)
-        tl.store(partial + program * 2 * CH + c, tl.sum(q, 0), mask=inside)
-        tl.store(partial + program * 2 * CH + CH + c, tl.sum(q * u, 0), mask=inside)
-        acc = tl.dot((q * s1[None, :]).to(x.dtype.element_ty), w, acc, input_precision=PRECISION)
-    tl.store(dx + row * CI + i[None, :], acc, mask=live & inside_i[None, :])
+        q, u = masked_gradient(de, xt, w, r, c, live, inside, m1, s1, b1, CH, ACT, PRECISION)
+        tl.store(partial + program * 2 * CH + c, tl.sum(q, 1), mask=inside)
+        tl.store(partial + program * 2 * CH + CH + c, tl.sum(q * u, 1), mask=inside)
+        scaled = tl.trans((q * s1[:, None]).to(x.dtype.element_ty))
+        acc = tl.dot(scaled, w, acc, input_precision=PRECISION)
+    tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=narrow)
 
 
 @triton.jit
-def finish_input(part, x, mean_x, correction, constant, dx, pixels, CI: tl.constexpr, PRECISION: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """dx = part - (x - mean_x) correction - constant: what BN1's statistics take back, one narrow pass.
+def finish_input(parts, x, mean_x, correction, constant, dx, pixels, CI: tl.constexpr, PARTS: tl.constexpr,
+                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """dx = sum of parts - (x - mean_x) correction - constant: what BN1's statistics take back, one narrow pass.
 
-    correction (CI, CI), in x's dtype, and constant (CI,) come from sums over all pixels (`compose`).
+    parts (PARTS, pixels, CI) in x's dtype. correction (CI, CI), in x's dtype, and constant (CI,) come from sums over all pixels (`compose`).
     """
     columns: tl.constexpr = (CI + BN - 1) // BN
-    r = (tl.program_id(0) // columns) * BM + tl.arange(0, BM)
+    first = (tl.program_id(0) // columns).to(tl.int64) * BM
+    row = tl.arange(0, BM)[:, None]
     o = (tl.program_id(0) % columns) * BN + tl.arange(0, BN)
-    live, inside = (r < pixels)[:, None], o < CI
-    row = r[:, None].to(tl.int64)
+    live, inside = row < pixels - first, o < CI
+    x += first * CI
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, CI, BK):
         i = k + tl.arange(0, BK)
@@ -152,7 +182,9 @@ def finish_input(part, x, mean_x, correction, constant, dx, pixels, CI: tl.const
         xt -= tl.load(mean_x + i, mask=inside_i, other=0.0)[None, :]
         w = tl.load(correction + i[:, None] * CI + o[None, :], mask=inside_i[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(xt.to(x.dtype.element_ty), w, acc, input_precision=PRECISION)
-    at = row * CI + o[None, :]
-    k0 = tl.load(constant + o, mask=inside, other=0.0)
-    value = tl.load(part + at, mask=live & inside[None, :], other=0.0) - acc - k0[None, :]
+    at = first * CI + (row * CI + o[None, :])
+    value = -acc - tl.load(constant + o, mask=inside, other=0.0)[None, :]
+    for i in tl.static_range(PARTS):
+        value += tl.load(parts + at, mask=live & inside[None, :], other=0.0).to(tl.float32)
+        parts += pixels.to(tl.int64) * CI
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=live & inside[None, :])

@@ -117,9 +117,9 @@ def gram_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     pixels, c = x.shape
     pivot = x[:: max(1, pixels // 64)][:64].float().mean(0)
     cfg = config("gram", x, c, BC=c)
-    rows, programs = split(pixels, cfg)
     block = cfg.tile["BC"]
     tiles = -(-c // block)
+    rows, programs = split(pixels, cfg, tiles * tiles, least=4 * c)
     sums = torch.empty(programs, c, dtype=torch.float32, device=x.device)
     seconds = torch.empty(programs, c, c, dtype=torch.float32, device=x.device)
     mean = torch.empty(c, dtype=torch.float64, device=x.device)
@@ -128,7 +128,7 @@ def gram_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         gm.gram_partial, (programs, tiles, tiles), cfg, x, pivot, sums, seconds, pixels, rows, C=c,
         PRECISION=precision(x.dtype),
     )  # fmt: skip
-    small = Config({"BC": min(128, padded(c))}, 4, 1)
+    small = Config({"BT": 64, "BC": min(64, padded(c))}, 4, 1)
     run(
         gm.gram_finish, (c, -(-c // small.tile["BC"])), small, pivot, sums, seconds, mean, cov, programs, pixels, C=c,
         TILE=block,
@@ -164,7 +164,7 @@ def depthwise(block: Block, e: Tensor, moments: bool) -> tuple[Tensor, Tensor | 
     """d (out pixels, Ch), and if wanted its partial moments with the rows that each is of."""
     d = block.empty(block.out_pixels, block.ch)
     cfg = config("depthwise", e, block.ch, BC=block.ch)
-    rows, programs = split(block.out_pixels, cfg)
+    rows, programs = split(block.out_pixels, cfg, -(-block.ch // cfg.tile["BC"]))
     partial = block.empty(programs, 2, block.ch, dtype=torch.float32) if moments else None
     for first, k, taps in block.taps:
         c = taps.shape[0]
@@ -183,21 +183,34 @@ def _offsets(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
+# Partial moments up to this many are left to the last stage; more are merged first, in groups.
+MOST_TILES = 1024
+
+
 def project(block: Block, d: Tensor, norm2: Tensor, mode: str, grad: Tensor | None = None, norm3: Tensor | None = None):
     """(y, partial, rows) of one pass over d: mode "train", "probe" or "eval" (project.py)."""
     co, ch = block.wp.shape
     bounds = (*(first for first, _, _ in block.taps), ch)
     cfg = config("project", d, co, BN=co, BK=ch)
-    rows, splits = split(block.out_pixels, cfg)
-    candidates = len(block.taps)
+    rows = cfg.tile["BM"]
+    tiles, candidates = -(-block.out_pixels // rows), len(block.taps)
     y = None if mode == "probe" else block.empty(block.out_pixels, co)
     parts = {"train": 2, "probe": 4, "eval": 0}[mode]
-    partial = block.empty(candidates, splits, parts, co, dtype=torch.float32) if parts else None
+    partial = block.empty(candidates, tiles, parts, co, dtype=torch.float32) if parts else None
     run(
-        pj.project, (splits * -(-co // cfg.tile["BN"]), candidates), cfg, d, norm2, block.wp,
-        _offsets(bounds, d.device), y, grad, norm3, None, partial, block.out_pixels, rows, splits, CH=ch, CO=co,
-        ACT=block.activation, MODE=mode, PRECISION=precision(d.dtype), ALIGN=gcd(16, *bounds),
+        pj.project, (tiles * -(-co // cfg.tile["BN"]), candidates), cfg, d, norm2, block.wp, _offsets(bounds, d.device),
+        y, grad, norm3, partial, block.out_pixels, tiles, CH=ch, CO=co, ACT=block.activation, MODE=mode,
+        PRECISION=precision(d.dtype), ALIGN=gcd(16, *bounds),
     )  # fmt: skip
+    if partial is not None and tiles > MOST_TILES:
+        group = -(-tiles // MOST_TILES) * 8
+        groups = -(-tiles // group)
+        merged = block.empty(candidates, groups, parts, co, dtype=torch.float32)
+        run(
+            nm.merge_partials, (groups, -(-co // 16), candidates), _SMALL, partial, merged, tiles, block.out_pixels,
+            rows, group, groups, PARTS=parts, C=co,
+        )  # fmt: skip
+        partial, rows = merged, rows * group
     return y, partial, rows
 
 
@@ -206,7 +219,7 @@ def normalise(y: Tensor, norm: Tensor) -> Tensor:
     out = torch.empty_like(y)
     cfg = config("rows", y, c)
     cfg = cfg._replace(tile=cfg.tile | {"BC": padded(c)})
-    run(nm.normalise, (-(-pixels // cfg.tile["BM"]),), cfg, y, norm, None, out, pixels, C=c)
+    run(nm.normalise, (-(-pixels // cfg.tile["BM"]),), cfg, y, norm, out, pixels, C=c)
     return out
 
 
@@ -412,12 +425,13 @@ def mbconv_backward(
     third, affine3 = _finish_gradient(partial, block.out_pixels, norm3, training)
 
     cfg = config("project_backward", d_rows, co, BC=ch)
-    rows, programs = split(block.out_pixels, cfg)
+    columns = -(-ch // cfg.tile["BC"])
+    rows, programs = split(block.out_pixels, cfg, columns, least=2 * co if weights else 1)
     dz = torch.empty_like(d_rows)
     partial = block.empty(programs, 2, ch, dtype=torch.float32)
     dwp = block.empty(programs, co, ch, dtype=torch.float32) if weights else None
     run(
-        b.project_backward, (programs * -(-ch // cfg.tile["BC"]),), cfg, d_rows, norm2, g, y_rows, affine3, norm3,
+        b.project_backward, (programs * columns,), cfg, d_rows, norm2, g, y_rows, affine3, norm3,
         block.wp, dz, partial, dwp, block.out_pixels, rows, CH=ch, CO=co, ACT=activation, TRAINING=training,
         PRECISION=precision(dtype), BN=padded(co),
     )  # fmt: skip
@@ -456,7 +470,7 @@ def _depthwise_input(block: Block, dz, d, affine2, norm2, training: bool) -> Ten
 def _depthwise_weight(block: Block, dz, d, affine2, norm2, e, training: bool) -> Tensor:
     ((_, k, _),) = block.taps
     cfg = config("depthwise_weight", e, block.ch, BC=block.ch)
-    rows, programs = split(block.out_pixels, cfg)
+    rows, programs = split(block.out_pixels, cfg, -(-block.ch // cfg.tile["BC"]), least=4 * k * k)
     partial = block.empty(programs, k * k, block.ch, dtype=torch.float32)
     run(
         dw.depthwise_weight, (programs, -(-block.ch // cfg.tile["BC"])), cfg, dz, d, affine2, norm2, e, partial,
@@ -466,8 +480,8 @@ def _depthwise_weight(block: Block, dz, d, affine2, norm2, e, training: bool) ->
     return partial.sum(0).t()
 
 
-# Up to this many elements W1 and its gradient fit into one program's registers, and one pass over de does everything.
-ONE_PASS = 16384
+# Up to so many groups of expanded channels, whose shares of dX then lie in memory, one pass over de does everything.
+ONE_PASS = 2
 
 
 def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: bool, weights: bool):
@@ -477,27 +491,27 @@ def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: 
     pixels, dtype = block.pixels, block.x.dtype
     centre = mean.float() if training else block.empty(ci, dtype=torch.float32).zero_()
     shared = {"CI": ci, "CH": ch, "ACT": block.activation, "PRECISION": precision(dtype), "BI": padded(ci)}
-    dx = block.empty(pixels, ci, dtype=torch.float32) if input else None
     a = partial = None
-    once = padded(ch) * padded(ci) <= ONE_PASS
+    cfg = config("expand_once", de, ci, BC=ch)
+    columns = -(-ch // cfg.tile["BC"])
+    once = input and columns <= ONE_PASS
+    dx = block.empty(columns if once else 1, pixels, ci) if input else None
     if input and not once:
         cfg = config("expand_input", de, ci, BC=ch)
         programs = -(-pixels // cfg.tile["BM"])
         partial = block.empty(programs, 2, ch, dtype=torch.float32)
         run(b.expand_input, (programs,), cfg, de, block.x, block.w1, norm1, dx, partial, pixels, **shared)
     if weights or once:
-        if input and once:
-            cfg = config("expand_once", de, ci)
-            cfg = cfg._replace(tile=cfg.tile | {"BC": padded(ch)})
-        else:
+        if not once:
             cfg = config("expand_weight", de, ci, BC=ch)
-        rows, programs = split(pixels, cfg)
+        columns = -(-ch // cfg.tile["BC"])
+        rows, programs = split(pixels, cfg, columns, least=2 * ci if weights else 1)
         sums = None
         if partial is None:
             sums = partial = block.empty(programs, 2, ch, dtype=torch.float32)
         a = block.empty(programs, ch, ci, dtype=torch.float32) if weights else None
         run(
-            b.expand_backward, (programs * -(-ch // cfg.tile["BC"]),), cfg, de, block.x, centre, block.w1, norm1,
+            b.expand_backward, (programs * columns,), cfg, de, block.x, centre, block.w1, norm1,
             dx if once else None, sums, a, pixels, rows, **shared,
         )  # fmt: skip
     gradients, _ = _finish_gradient(partial, pixels, norm1, training)
@@ -517,7 +531,7 @@ def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: 
         grid = (-(-pixels // cfg.tile["BM"]) * -(-ci // cfg.tile["BN"]),)
         run(
             b.finish_input, grid, cfg, dx, block.x, centre, correction, constant, out, pixels, CI=ci,
-            PRECISION=precision(dtype),
+            PARTS=dx.shape[0], PRECISION=precision(dtype),
         )  # fmt: skip
     if not weights:
         return out, []

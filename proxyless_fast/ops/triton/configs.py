@@ -13,12 +13,12 @@ import torch
 
 
 class Config(NamedTuple):
-    """tile: compile-time block sizes by the kernel's names for them; programs: the most programs a reduction has."""
+    """tile: compile-time block sizes by the kernel's names for them; programs: about how many a reduction has in all."""
 
     tile: dict[str, int]
     warps: int
     stages: int
-    programs: int = 1024
+    programs: int = 2048
 
 
 WIDE = 1 << 30
@@ -27,8 +27,8 @@ WIDE = 1 << 30
 # finish_input, of x for the Gram matrix and the backward of expand, of y for the backward of project.
 _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
     "gram": {
-        "half": [(32, Config({"BM": 128, "BC": 32}, 4, 3)), (WIDE, Config({"BM": 64, "BC": 64}, 4, 3, 256))],
-        "float": [(32, Config({"BM": 64, "BC": 32}, 4, 2)), (WIDE, Config({"BM": 32, "BC": 32}, 4, 2, 256))],
+        "half": [(32, Config({"BM": 128, "BC": 32}, 4, 3)), (WIDE, Config({"BM": 64, "BC": 64}, 4, 3))],
+        "float": [(32, Config({"BM": 64, "BC": 32}, 4, 2)), (WIDE, Config({"BM": 32, "BC": 32}, 4, 2))],
     },
     "expand": {
         "half": [(64, Config({"BM": 128, "BN": 64, "BK": 64}, 4, 3)), (WIDE, Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3))],
@@ -39,8 +39,8 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
         "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
     },
     "depthwise_weight": {
-        "half": [(WIDE, Config({"BM": 64, "BC": 32}, 4, 1, 256))],
-        "float": [(WIDE, Config({"BM": 64, "BC": 32}, 4, 1, 256))],
+        "half": [(WIDE, Config({"BM": 64, "BC": 32}, 4, 1))],
+        "float": [(WIDE, Config({"BM": 64, "BC": 32}, 4, 1))],
     },
     "project": {
         "half": [
@@ -52,32 +52,32 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
     },
     "project_backward": {
         "half": [
-            (64, Config({"BM": 64, "BC": 64}, 4, 2, 256)),
-            (128, Config({"BM": 64, "BC": 64}, 8, 2, 128)),
-            (256, Config({"BM": 32, "BC": 64}, 8, 2, 32)),
-            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2, 16)),
+            (64, Config({"BM": 64, "BC": 64}, 4, 2)),
+            (128, Config({"BM": 64, "BC": 64}, 8, 2)),
+            (256, Config({"BM": 32, "BC": 64}, 8, 2)),
+            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2)),
         ],
         "float": [
-            (64, Config({"BM": 32, "BC": 32}, 4, 2, 256)),
-            (128, Config({"BM": 32, "BC": 32}, 8, 2, 128)),
-            (256, Config({"BM": 16, "BC": 32}, 8, 1, 32)),
-            (WIDE, Config({"BM": 16, "BC": 16}, 8, 1, 16)),
+            (64, Config({"BM": 32, "BC": 32}, 4, 2)),
+            (128, Config({"BM": 32, "BC": 32}, 8, 2)),
+            (256, Config({"BM": 16, "BC": 32}, 8, 1)),
+            (WIDE, Config({"BM": 16, "BC": 16}, 8, 1)),
         ],
     },
-    "expand_once": {  # all expanded channels in one program: BC is the padded width
-        "half": [(WIDE, Config({"BM": 32}, 8, 2, 264))],
-        "float": [(WIDE, Config({"BM": 16}, 8, 1, 264))],
+    "expand_once": {
+        "half": [(WIDE, Config({"BM": 32, "BC": 128}, 8, 2))],
+        "float": [(WIDE, Config({"BM": 16, "BC": 128}, 8, 1))],
     },
     "expand_weight": {
         "half": [
-            (64, Config({"BM": 64, "BC": 64}, 4, 2, 128)),
-            (256, Config({"BM": 32, "BC": 64}, 8, 2, 32)),
-            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2, 16)),
+            (64, Config({"BM": 64, "BC": 64}, 4, 2)),
+            (256, Config({"BM": 32, "BC": 64}, 8, 2)),
+            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2)),
         ],
         "float": [
-            (64, Config({"BM": 32, "BC": 32}, 4, 2, 128)),
-            (256, Config({"BM": 16, "BC": 32}, 8, 1, 32)),
-            (WIDE, Config({"BM": 16, "BC": 16}, 8, 1, 16)),
+            (64, Config({"BM": 32, "BC": 32}, 4, 2)),
+            (256, Config({"BM": 16, "BC": 32}, 8, 1)),
+            (WIDE, Config({"BM": 16, "BC": 16}, 8, 1)),
         ],
     },
     "expand_input": {
@@ -93,8 +93,8 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
         "float": [(WIDE, Config({"BM": 64, "BN": 32, "BK": 16}, 4, 2))],
     },
     "rows": {  # narrow passes without a product
-        "half": [(64, Config({"BM": 128}, 4, 2)), (WIDE, Config({"BM": 32}, 4, 2))],
-        "float": [(64, Config({"BM": 64}, 4, 2)), (WIDE, Config({"BM": 16}, 4, 2))],
+        "half": [(64, Config({"BM": 64}, 4, 2)), (256, Config({"BM": 16}, 4, 2)), (WIDE, Config({"BM": 8}, 4, 2))],
+        "float": [(64, Config({"BM": 64}, 4, 2)), (256, Config({"BM": 16}, 4, 2)), (WIDE, Config({"BM": 8}, 4, 2))],
     },
 }  # fmt: skip
 

@@ -8,6 +8,8 @@ import triton.language as tl
 
 from .common import merge_moments, tile_moments
 
+# Loops over the rows of a kernel stay loops: unrolled, the loads of all 49 taps would be in flight at once and spill.
+
 
 @triton.jit
 def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_width, E_STRIDE: tl.constexpr,
@@ -22,14 +24,18 @@ def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
     count, mean, m2 = 0.0, tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+    seen_rows = tl.minimum(rows, pixels - program * rows)
+    area, first = out_width * out_height, program * rows
+    e += (first // area).to(tl.int64) * height * width * E_STRIDE
+    d += first.to(tl.int64) * D_STRIDE
+    for start in range(0, seen_rows, BM):
         r = start + tl.arange(0, BM)
-        live = r < pixels
-        ox = r % out_width
-        oy = (r // out_width) % out_height
-        image = (r // (out_width * out_height)).to(tl.int64) * height
+        live = r < seen_rows
+        ox = (r + first) % out_width
+        oy = (r + first) // out_width % out_height
+        image = ((r + first) // area - first // area) * height
         acc = tl.zeros((BM, BC), tl.float32)
-        for ky in tl.static_range(K):
+        for ky in range(K):
             for kx in tl.static_range(K):
                 iy, ix = oy * STRIDE + (ky - K // 2), ox * STRIDE + (kx - K // 2)
                 seen = live & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
@@ -38,10 +44,10 @@ def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_
                 w = tl.load(taps + c * (K * K) + ky * K + kx, mask=inside, other=0.0).to(tl.float32)
                 acc += v * w[None, :]
         value = acc.to(d.dtype.element_ty)
-        at = r[:, None].to(tl.int64) * D_STRIDE + c[None, :]
+        at = r[:, None] * D_STRIDE + c[None, :]
         tl.store(d + at, value, mask=live[:, None] & inside[None, :])
         if partial is not None:
-            n = tl.minimum(pixels - start, BM).to(tl.float32)
+            n = tl.minimum(seen_rows - start, BM).to(tl.float32)
             tile_mean, tile_m2, _ = tile_moments(value.to(tl.float32), live, n)
             count, mean, m2 = merge_moments(count, mean, m2, n, tile_mean, tile_m2)
     if partial is not None:
@@ -52,7 +58,7 @@ def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_
 @triton.jit
 def load_dd(dz, d, row, c, live, p, r, t, mean, C: tl.constexpr, TRAINING: tl.constexpr):
     """The gradient of d behind BN2's backward, p dz + r (d - mean) + t; zeros outside."""
-    at = row[:, None].to(tl.int64) * C + c[None, :]
+    at = row[:, None] * C + c[None, :]
     dd = p[None, :] * tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
     if TRAINING:
         dd += r[None, :] * (tl.load(d + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) + t[None, :]
@@ -73,16 +79,22 @@ def depthwise_input(dz, d, affine, norm, taps, de, pixels, height, width, out_he
                     K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr, BM: tl.constexpr,
                     BC: tl.constexpr):  # fmt: skip
     """de (B, height, width, C): the convolution's gradient, BN2's backward applied to (dz, d) as they are read."""
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(0) * BM
+    r = tl.arange(0, BM)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
-    live = r < pixels
-    ix = r % width
-    iy = (r // width) % height
-    image = (r // (width * height)) * out_height
+    live = r < pixels - first
+    area = width * height
+    ix = (r + first) % width
+    iy = (r + first) // width % height
+    image = ((r + first) // area - first // area) * out_height
+    before = (first // area).to(tl.int64) * (out_height * out_width) * C
+    dz += before
+    d += before
+    de += first.to(tl.int64) * C
     pa, ra, ta, mean = load_affine(affine, norm, c, inside, C)
     acc = tl.zeros((BM, BC), tl.float32)
-    for ky in tl.static_range(K):
+    for ky in range(K):
         for kx in tl.static_range(K):
             y, x = iy + (K // 2 - ky), ix + (K // 2 - kx)  # STRIDE times the output pixel that tap (ky, kx) serves
             oy, ox = y // STRIDE, x // STRIDE
@@ -93,7 +105,7 @@ def depthwise_input(dz, d, affine, norm, taps, de, pixels, height, width, out_he
             dd = load_dd(dz, d, row, c, seen[:, None] & inside[None, :], pa, ra, ta, mean, C, TRAINING)
             w = tl.load(taps + c * (K * K) + ky * K + kx, mask=inside, other=0.0).to(tl.float32)
             acc += dd * w[None, :]
-    at = r[:, None].to(tl.int64) * C + c[None, :]
+    at = r[:, None] * C + c[None, :]
     tl.store(de + at, acc.to(de.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
@@ -108,14 +120,19 @@ def depthwise_weight(dz, d, affine, norm, e, partial, pixels, rows, height, widt
     tap = tl.arange(0, BT)
     pa, ra, ta, mean = load_affine(affine, norm, c, inside, C)
     acc = tl.zeros((BT, BC), tl.float32)
-    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+    count = tl.minimum(rows, pixels - program * rows)
+    area, first = out_width * out_height, program * rows
+    e += (first // area).to(tl.int64) * height * width * C
+    dz += first.to(tl.int64) * C
+    d += first.to(tl.int64) * C
+    for start in range(0, count, BM):
         r = start + tl.arange(0, BM)
-        live = r < pixels
-        ox = r % out_width
-        oy = (r // out_width) % out_height
-        image = (r // (out_width * out_height)).to(tl.int64) * height
+        live = r < count
+        ox = (r + first) % out_width
+        oy = (r + first) // out_width % out_height
+        image = ((r + first) // area - first // area) * height
         dd = load_dd(dz, d, r, c, live[:, None] & inside[None, :], pa, ra, ta, mean, C, TRAINING)
-        for ky in tl.static_range(K):
+        for ky in range(K):
             for kx in tl.static_range(K):
                 iy, ix = oy * STRIDE + (ky - K // 2), ox * STRIDE + (kx - K // 2)
                 seen = live & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)

@@ -21,10 +21,12 @@ def gram_partial(x, pivot, sums, seconds, pixels, rows, C: tl.constexpr, PRECISI
     pivot_j = tl.load(pivot + j, mask=inside_j, other=0.0).to(tl.float32)
     total = tl.zeros((BC,), tl.float32)
     second = tl.zeros((BC, BC), tl.float32)
-    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+    count = tl.minimum(rows, pixels - program * rows)
+    x += program.to(tl.int64) * rows * C
+    for start in range(0, count, BM):
         r = start + tl.arange(0, BM)
-        live = (r < pixels)[:, None]
-        row = r[:, None].to(tl.int64) * C
+        live = (r < count)[:, None]
+        row = r[:, None] * C
         a = tl.load(x + row + i[None, :], mask=live & inside_i[None, :], other=0.0).to(tl.float32)
         b = tl.load(x + row + j[None, :], mask=live & inside_j[None, :], other=0.0).to(tl.float32)
         a = tl.where(live, a - pivot_i[None, :], 0.0)
@@ -39,7 +41,7 @@ def gram_partial(x, pivot, sums, seconds, pixels, rows, C: tl.constexpr, PRECISI
 
 @triton.jit
 def gram_finish(pivot, sums, seconds, mean, cov, programs, pixels, C: tl.constexpr, TILE: tl.constexpr,
-                BC: tl.constexpr):  # fmt: skip
+                BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """mean (C,) and covariance (C, C), float64, from the partial sums; one row of cov per program."""
     i = tl.program_id(0)
     j = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -49,12 +51,14 @@ def gram_finish(pivot, sums, seconds, mean, cov, programs, pixels, C: tl.constex
     at = tl.where(swap, j * C + i, i * C + j)
     second = tl.zeros((BC,), tl.float64)
     sum_j = tl.zeros((BC,), tl.float64)
-    sum_i = tl.zeros((BC,), tl.float64)
-    for p in range(programs):
-        second += tl.load(seconds + p * (C * C) + at, mask=inside, other=0.0).to(tl.float64)
-        sum_j += tl.load(sums + p * C + j, mask=inside, other=0.0).to(tl.float64)
-        sum_i += tl.load(sums + p * C + i).to(tl.float64)
+    sum_i = tl.zeros((BT,), tl.float64)
+    for start in range(0, programs, BT):
+        p = start + tl.arange(0, BT)
+        live = (p < programs)[:, None] & inside[None, :]
+        second += tl.sum(tl.load(seconds + p[:, None] * (C * C) + at[None, :], mask=live, other=0.0).to(tl.float64), 0)
+        sum_j += tl.sum(tl.load(sums + p[:, None] * C + j[None, :], mask=live, other=0.0).to(tl.float64), 0)
+        sum_i += tl.load(sums + p * C + i, mask=p < programs, other=0.0).to(tl.float64)
     mean_j = sum_j / pixels
-    tl.store(cov + i * C + j, second / pixels - (sum_i / pixels) * mean_j, mask=inside)
+    tl.store(cov + i * C + j, second / pixels - (tl.sum(sum_i, 0) / pixels) * mean_j, mask=inside)
     if i == 0:
         tl.store(mean + j, tl.load(pivot + j, mask=inside, other=0.0).to(tl.float64) + mean_j, mask=inside)

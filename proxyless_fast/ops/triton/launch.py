@@ -23,13 +23,15 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def split(pixels: int, config: Config) -> tuple[int, int]:
-    """(rows, programs): each program reduces `rows` consecutive pixels.
+def split(pixels: int, config: Config, columns: int = 1, least: int = 1) -> tuple[int, int]:
+    """(rows, programs): each program reduces `rows` consecutive pixels, at least `least` of them.
 
-    A function of the shape and the table alone, so the order of summation, and every bit of the result, is too.
+    columns: programs that share the same pixels; all together there are about `config.programs`. A function of the shape
+    and the table alone, so the order of summation, and every bit of the result, is too.
     """
     block = config.tile["BM"]
-    rows = -(-pixels // (block * config.programs)) * block
+    rows = max(-(-pixels * columns // config.programs), min(least, pixels))
+    rows = -(-rows // block) * block
     return rows, -(-pixels // rows)
 
 

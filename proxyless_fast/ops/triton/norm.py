@@ -30,6 +30,49 @@ def combine_moments(partial, c, inside, tiles, pixels, rows, STRIDE: tl.constexp
 
 
 @triton.jit
+def combine_products(partial, mean, c, inside, tiles, STRIDE: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+                     BC: tl.constexpr):  # fmt: skip
+    """Sums of G and of (y - mean) G, float64 (BC,), of `tiles` partial ones, each about its own mean (project.py)."""
+    sum_g = tl.zeros((BC,), tl.float64)
+    sum_yg = tl.zeros((BC,), tl.float64)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        live = (t < tiles)[:, None] & inside[None, :]
+        at = partial + t[:, None] * STRIDE + c[None, :]
+        tile_mean = tl.load(at, mask=live, other=0.0).to(tl.float64)
+        tile_g = tl.load(at + 2 * C, mask=live, other=0.0).to(tl.float64)
+        tile_yg = tl.load(at + 3 * C, mask=live, other=0.0).to(tl.float64)
+        sum_g += tl.sum(tile_g, 0)
+        sum_yg += tl.sum(tile_yg + (tile_mean - mean[None, :]) * tile_g, 0)
+    return sum_g, sum_yg
+
+
+@triton.jit
+def merge_partials(partial, merged, tiles, pixels, rows, group, groups, PARTS: tl.constexpr, C: tl.constexpr,
+                   BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """partial (candidates, tiles, PARTS, C) to merged (candidates, groups, PARTS, C): `group` tiles become one.
+
+    Between project and the last stage, where a large batch has too many tiles for one program to walk through.
+    """
+    g = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    j = tl.program_id(2)
+    inside = c < C
+    partial += (j * tiles + g * group) * (PARTS * C)
+    some = tl.minimum(group, tiles - g * group)
+    n = tl.minimum(group * rows, pixels - g * group * rows)
+    mean, var = combine_moments(partial, c, inside, some, n, rows, PARTS * C, C, BT, BC)
+    at = merged + (j * groups + g) * (PARTS * C) + c
+    rounded = mean.to(tl.float32)
+    tl.store(at, rounded, mask=inside)
+    tl.store(at + C, (var * n).to(tl.float32), mask=inside)
+    if PARTS == 4:
+        sum_g, sum_yg = combine_products(partial, rounded.to(tl.float64), c, inside, some, PARTS * C, C, BT, BC)
+        tl.store(at + 2 * C, sum_g.to(tl.float32), mask=inside)
+        tl.store(at + 3 * C, sum_yg.to(tl.float32), mask=inside)
+
+
+@triton.jit
 def finish_moments(partial, gamma, beta, statistics, norm, tiles, pixels, rows, EPS: tl.constexpr, C: tl.constexpr,
                    BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """statistics, float64 (2, C): mean and biased variance; norm, float32 (4, C), from partial (tiles, 2, C)."""
@@ -79,19 +122,18 @@ def finish_gradient(partial, norm, gradients, affine, tiles, pixels, TRAINING: t
 
 
 @triton.jit
-def normalise(y, norm, residual, out, pixels, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """out = BN(y), plus residual where there is one: rows x channels, one narrow pass."""
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
+def normalise(y, norm, out, pixels, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """out = BN(y): rows x channels, one narrow pass."""
+    first = tl.program_id(0).to(tl.int64) * BM
+    r = tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = c < C
-    live = (r < pixels)[:, None] & inside[None, :]
-    at = r[:, None].to(tl.int64) * C + c[None, :]
+    live = (r < pixels - first)[:, None] & inside[None, :]
+    at = first * C + (r[:, None] * C + c[None, :])
     mean = tl.load(norm + c, mask=inside, other=0.0)
     scale = tl.load(norm + 2 * C + c, mask=inside, other=0.0)
     shift = tl.load(norm + 3 * C + c, mask=inside, other=0.0)
     value = (tl.load(y + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
-    if residual is not None:
-        value += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
 
 
@@ -104,10 +146,13 @@ def pair_sums(g, v, norm, partial, pixels, rows, C: tl.constexpr, BM: tl.constex
     mean = tl.load(norm + c, mask=inside, other=0.0)
     sum_g = tl.zeros((BC,), tl.float32)
     sum_gv = tl.zeros((BC,), tl.float32)
-    for start in range(program * rows, tl.minimum(program * rows + rows, pixels), BM):
+    count = tl.minimum(rows, pixels - program * rows)
+    g += program.to(tl.int64) * rows * C
+    v += program.to(tl.int64) * rows * C
+    for start in range(0, count, BM):
         r = start + tl.arange(0, BM)
-        live = (r < pixels)[:, None] & inside[None, :]
-        at = r[:, None].to(tl.int64) * C + c[None, :]
+        live = (r < count)[:, None] & inside[None, :]
+        at = r[:, None] * C + c[None, :]
         gt = tl.load(g + at, mask=live, other=0.0).to(tl.float32)
         vt = tl.load(v + at, mask=live, other=0.0).to(tl.float32)
         sum_g += tl.sum(gt, 0)

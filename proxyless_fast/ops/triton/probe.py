@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .norm import combine_moments
+from .norm import combine_moments, combine_products
 
 
 @triton.jit
@@ -25,17 +25,7 @@ def finish_probe(partial, gamma, beta, statistics, gates, tiles, pixels, rows, E
     else:
         mean = tl.load(at, mask=inside, other=0.0)
         var = tl.load(at + C, mask=inside, other=1.0)
-    sum_g = tl.zeros((BC,), tl.float64)
-    sum_yg = tl.zeros((BC,), tl.float64)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        live = (t < tiles)[:, None] & inside[None, :]
-        tile = partial + t[:, None] * (4 * C) + c[None, :]
-        tile_mean = tl.load(tile, mask=live, other=0.0).to(tl.float64)
-        tile_g = tl.load(tile + 2 * C, mask=live, other=0.0).to(tl.float64)
-        tile_yg = tl.load(tile + 3 * C, mask=live, other=0.0).to(tl.float64)
-        sum_g += tl.sum(tile_g, 0)
-        sum_yg += tl.sum(tile_yg + (tile_mean - mean[None, :]) * tile_g, 0)
+    sum_g, sum_yg = combine_products(partial, mean, c, inside, tiles, 4 * C, C, BT, BC)
     gain = tl.load(gamma + j * C + c, mask=inside, other=0.0).to(tl.float64)
     shift = tl.load(beta + j * C + c, mask=inside, other=0.0).to(tl.float64)
     gate = gain / tl.sqrt(var + EPS) * sum_yg + shift * sum_g
