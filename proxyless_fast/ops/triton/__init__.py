@@ -1,1 +1,44 @@
-"""The engine's kernels for GPUs, in Triton. Nothing here is imported before a tensor on a GPU asks for it."""
+"""The engine on GPUs. The kernels, and Triton itself, are imported when the first tensor on a GPU asks for them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+OPS = ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "update_running")
+ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")
+WIDEST = 512  # channels of x and of y: a program holds all of them
+
+
+def can_run(x: Tensor, in_channels: int, out_channels: int, activation: str) -> tuple[bool, str]:
+    """Whether the kernels take a block of these channels on x's device: (True, "") or (False, why not, in words)."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"x is {x.dtype}, and the GPU kernels take float32, float16 and bfloat16"
+    if activation not in ACTIVATIONS:
+        return False, f"the activation is {activation!r}, and the GPU kernels know {', '.join(ACTIVATIONS)}"
+    widest = max(in_channels, out_channels)
+    if widest > WIDEST:
+        return False, f"the block has {widest} channels at an end, and the GPU kernels hold at most {WIDEST}"
+    if x.device.type != "cuda":
+        return False, f"x is on {x.device.type}, no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] < 8:
+        return False, f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    return True, ""
+
+
+def _late(name: str):
+    def call(*args):
+        from . import compose
+
+        return getattr(compose, name)(*args)
+
+    return call
+
+
+_library = torch.library.Library("proxyless_fast", "IMPL")
+for _name in OPS:
+    _library.impl(_name, _late(_name), "CUDA")

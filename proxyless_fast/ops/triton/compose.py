@@ -226,6 +226,12 @@ def normalise(y: Tensor, norm: Tensor) -> Tensor:
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
+def gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """proxyless_fast::gram, in float32: a covariance in half precision would be of no use."""
+    mean, cov = gram_rows(rows_of(x))
+    return mean.float(), cov.float()
+
+
 def _running(running: Sequence[Tensor], i: int) -> tuple[Tensor, Tensor]:
     return running[2 * i], running[2 * i + 1]
 
@@ -459,7 +465,7 @@ def _depthwise_input(block: Block, dz, d, affine2, norm2, training: bool) -> Ten
     ((_, k, taps),) = block.taps
     batch, height, width, ho, wo = block.size
     de = block.empty(block.pixels, block.ch)
-    cfg = config("depthwise", de, block.ch, BC=block.ch)
+    cfg = config("depthwise_input", de, block.ch, BC=block.ch)
     run(
         dw.depthwise_input, (-(-block.pixels // cfg.tile["BM"]), -(-block.ch // cfg.tile["BC"])), cfg, dz, d, affine2,
         norm2, taps, de, block.pixels, height, width, ho, wo, C=block.ch, K=k, STRIDE=block.stride, TRAINING=training,
@@ -480,10 +486,6 @@ def _depthwise_weight(block: Block, dz, d, affine2, norm2, e, training: bool) ->
     return partial.sum(0).t()
 
 
-# Up to so many groups of expanded channels, whose shares of dX then lie in memory, one pass over de does everything.
-ONE_PASS = 2
-
-
 def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: bool, weights: bool):
     """(dx rows or None, [dW1, dgamma1, dbeta1] or []) from de: the passes, and BN1's corrections (Ci x Ci)."""
     assert block.w1 is not None
@@ -494,22 +496,23 @@ def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: 
     a = partial = None
     cfg = config("expand_once", de, ci, BC=ch)
     columns = -(-ch // cfg.tile["BC"])
-    once = input and columns <= ONE_PASS
+    # One pass over de for everything, unless the shares of dX, one for each group of channels, are more than de itself.
+    once = input and weights and 2 * ci <= cfg.tile["BC"]
     dx = block.empty(columns if once else 1, pixels, ci) if input else None
     if input and not once:
         cfg = config("expand_input", de, ci, BC=ch)
         programs = -(-pixels // cfg.tile["BM"])
         partial = block.empty(programs, 2, ch, dtype=torch.float32)
         run(b.expand_input, (programs,), cfg, de, block.x, block.w1, norm1, dx, partial, pixels, **shared)
-    if weights or once:
+    if weights:
         if not once:
             cfg = config("expand_weight", de, ci, BC=ch)
         columns = -(-ch // cfg.tile["BC"])
-        rows, programs = split(pixels, cfg, columns, least=2 * ci if weights else 1)
+        rows, programs = split(pixels, cfg, columns, least=2 * ci)
         sums = None
         if partial is None:
             sums = partial = block.empty(programs, 2, ch, dtype=torch.float32)
-        a = block.empty(programs, ch, ci, dtype=torch.float32) if weights else None
+        a = block.empty(programs, ch, ci, dtype=torch.float32)
         run(
             b.expand_backward, (programs * columns,), cfg, de, block.x, centre, block.w1, norm1,
             dx if once else None, sums, a, pixels, rows, **shared,

@@ -28,34 +28,42 @@ WIDE = 1 << 30
 _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
     "gram": {
         "half": [(32, Config({"BM": 128, "BC": 32}, 4, 3)), (WIDE, Config({"BM": 64, "BC": 64}, 4, 3))],
-        "float": [(32, Config({"BM": 64, "BC": 32}, 4, 2)), (WIDE, Config({"BM": 32, "BC": 32}, 4, 2))],
+        "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 2))],
     },
     "expand": {
-        "half": [(64, Config({"BM": 128, "BN": 64, "BK": 64}, 4, 3)), (WIDE, Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3))],
-        "float": [(WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 4, 2))],
+        "half": [
+            (64, Config({"BM": 128, "BN": 64, "BK": 64}, 8, 2)),
+            (WIDE, Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3)),
+        ],
+        "float": [(WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 8, 2))],
     },
     "depthwise": {
-        "half": [(WIDE, Config({"BM": 32, "BC": 64}, 4, 1))],
+        "half": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
         "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
     },
+    "depthwise_input": {
+        "half": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
+        "float": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
+    },
     "depthwise_weight": {
-        "half": [(WIDE, Config({"BM": 64, "BC": 32}, 4, 1))],
-        "float": [(WIDE, Config({"BM": 64, "BC": 32}, 4, 1))],
+        "half": [(WIDE, Config({"BM": 64, "BC": 16}, 4, 1))],
+        "float": [(WIDE, Config({"BM": 64, "BC": 16}, 4, 1))],
     },
     "project": {
         "half": [
-            (32, Config({"BM": 128, "BN": 32, "BK": 64}, 4, 3)),
-            (128, Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3)),
+            (32, Config({"BM": 64, "BN": 32, "BK": 64}, 4, 3)),
+            (64, Config({"BM": 64, "BN": 64, "BK": 64}, 4, 3)),
             (WIDE, Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3)),
         ],
-        "float": [(32, Config({"BM": 64, "BN": 32, "BK": 16}, 4, 2)), (WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 4, 2))],
+        "float": [
+            (32, Config({"BM": 64, "BN": 32, "BK": 16}, 4, 2)),
+            (WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 8, 2)),
+        ],
     },
     "project_backward": {
         "half": [
-            (64, Config({"BM": 64, "BC": 64}, 4, 2)),
-            (128, Config({"BM": 64, "BC": 64}, 8, 2)),
-            (256, Config({"BM": 32, "BC": 64}, 8, 2)),
-            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2)),
+            (256, Config({"BM": 64, "BC": 64}, 8, 2)),
+            (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
         ],
         "float": [
             (64, Config({"BM": 32, "BC": 32}, 4, 2)),
@@ -65,14 +73,14 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
         ],
     },
     "expand_once": {
-        "half": [(WIDE, Config({"BM": 32, "BC": 128}, 8, 2))],
-        "float": [(WIDE, Config({"BM": 16, "BC": 128}, 8, 1))],
+        "half": [(WIDE, Config({"BM": 32, "BC": 64}, 8, 2))],
+        "float": [(WIDE, Config({"BM": 16, "BC": 64}, 8, 1))],
     },
     "expand_weight": {
         "half": [
-            (64, Config({"BM": 64, "BC": 64}, 4, 2)),
+            (64, Config({"BM": 64, "BC": 64}, 8, 2)),
             (256, Config({"BM": 32, "BC": 64}, 8, 2)),
-            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2)),
+            (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
         ],
         "float": [
             (64, Config({"BM": 32, "BC": 32}, 4, 2)),
@@ -82,21 +90,21 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
     },
     "expand_input": {
         "half": [
-            (128, Config({"BM": 64, "BC": 64}, 4, 2)),
-            (256, Config({"BM": 64, "BC": 32}, 8, 2)),
+            (128, Config({"BM": 64, "BC": 64}, 8, 2)),
+            (256, Config({"BM": 32, "BC": 64}, 8, 2)),
             (WIDE, Config({"BM": 32, "BC": 32}, 8, 2)),
         ],
         "float": [(128, Config({"BM": 32, "BC": 16}, 8, 1)), (WIDE, Config({"BM": 16, "BC": 16}, 8, 1))],
     },
     "finish_input": {
-        "half": [(WIDE, Config({"BM": 128, "BN": 64, "BK": 64}, 4, 2))],
+        "half": [(WIDE, Config({"BM": 64, "BN": 64, "BK": 64}, 4, 2))],
         "float": [(WIDE, Config({"BM": 64, "BN": 32, "BK": 16}, 4, 2))],
     },
     "rows": {  # narrow passes without a product
         "half": [(64, Config({"BM": 64}, 4, 2)), (256, Config({"BM": 16}, 4, 2)), (WIDE, Config({"BM": 8}, 4, 2))],
         "float": [(64, Config({"BM": 64}, 4, 2)), (256, Config({"BM": 16}, 4, 2)), (WIDE, Config({"BM": 8}, 4, 2))],
     },
-}  # fmt: skip
+}
 
 # Where Ampere differs: less shared memory, and products that read both operands from registers.
 _AMPERE: dict[str, dict[str, list[tuple[int, Config]]]] = {}
