@@ -103,8 +103,8 @@ def _launch_pass(launched: Launch) -> Pass:
         return Pass(name, nbytes(launched.args), 2 * pixels * products[name](), True)
     flops = 0
     if name.startswith("depthwise"):
-        outputs = args["dz"].shape[0] if name == "depthwise_input" else pixels
-        flops = 2 * outputs * c["C"] * c["K"] ** 2
+        outputs = args["d"].shape[0]
+        flops = 2 * outputs * c["C"] * c["K"] ** 2 * (1 if "backward" not in name else 1 + (args["partial"] is not None))
     return Pass(name, nbytes(launched.args), flops, False)
 
 

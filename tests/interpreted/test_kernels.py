@@ -151,8 +151,10 @@ def test_depthwise_backward(kernel, stride, dtype, few_programs):
     image = compose.image_of(e.double(), 2, 7, 6)
     options = {"stride": stride, "padding": kernel // 2, "groups": b.ch}
     taps = b.taps[0][2].double()
-    de = compose._depthwise_input(b, dz, d, affine, n, True)
+    de, dtaps = compose._depthwise_backward(b, dz, d, affine, n, e, True)
     close(de, compose.rows_of(torch.nn.grad.conv2d_input(image.shape, taps, dd, **options)), dtype)
-    dtaps = compose._depthwise_weight(b, dz, d, affine, n, e, True)
     expected = torch.nn.grad.conv2d_weight(image, taps.shape, dd, **options)
     close(dtaps.reshape(taps.shape), expected, torch.float32)
+    alone, none = compose._depthwise_backward(b, dz, d, affine, n, None, True)
+    assert torch.equal(alone, de)
+    assert none is None

@@ -130,11 +130,12 @@ def expand_backward(de, x, mean_x, weight, norm1, dx, partial, dweight, pixels, 
 
 
 @triton.jit
-def expand_input(de, x, weight, norm1, dx, partial, pixels, CI: tl.constexpr, CH: tl.constexpr, ACT: tl.constexpr,
-                 PRECISION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def expand_input(de, x, weight, norm1, dx, partial, kept, pixels, CI: tl.constexpr, CH: tl.constexpr,
+                 ACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+                 BC: tl.constexpr):  # fmt: skip
     """dx and partial of `expand_backward` where CH is too wide for one program: a loop over groups of BC channels.
 
-    partial: (programs, 2, CH), one program for BM pixels.
+    partial: (programs, 2, CH), one program for BM pixels. kept, where it is given, is de again: q is left in its place.
     """
     program = tl.program_id(0)
     i = tl.arange(0, BI)
@@ -154,6 +155,9 @@ def expand_input(de, x, weight, norm1, dx, partial, pixels, CI: tl.constexpr, CH
         m1, s1, b1 = load_norm(norm1, c, inside, CH)
         w = tl.load(weight + c[:, None] * CI + i[None, :], mask=inside[:, None] & inside_i[None, :], other=0.0)
         q, u = masked_gradient(de, xt, w, r, c, live, inside, m1, s1, b1, CH, ACT, PRECISION)
+        if kept is not None:
+            at_wide = first * CH + (r[None, :] * CH + c[:, None])
+            tl.store(kept + at_wide, q.to(kept.dtype.element_ty), mask=inside[:, None] & live[None, :])
         tl.store(partial + program * 2 * CH + c, tl.sum(q, 1), mask=inside)
         tl.store(partial + program * 2 * CH + CH + c, tl.sum(q * u, 1), mask=inside)
         scaled = tl.trans((q * s1[:, None]).to(x.dtype.element_ty))

@@ -119,7 +119,7 @@ def gram_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     cfg = config("gram", x, c, BC=c)
     block = cfg.tile["BC"]
     tiles = -(-c // block)
-    rows, programs = split(pixels, cfg, tiles * tiles, least=4 * c)
+    rows, programs = split(pixels, cfg, tiles * tiles, least=8 * c)
     sums = torch.empty(programs, c, dtype=torch.float32, device=x.device)
     seconds = torch.empty(programs, c, c, dtype=torch.float32, device=x.device)
     mean = torch.empty(c, dtype=torch.float64, device=x.device)
@@ -131,7 +131,6 @@ def gram_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     small = Config({"BT": 64, "BC": min(64, padded(c))}, 4, 1)
     run(
         gm.gram_finish, (c, -(-c // small.tile["BC"])), small, pivot, sums, seconds, mean, cov, programs, pixels, C=c,
-        TILE=block,
     )  # fmt: skip
     return mean, cov
 
@@ -160,8 +159,31 @@ def expand(block: Block, norm1: Tensor | None) -> Tensor:
     return e
 
 
+@lru_cache(maxsize=1)
+def _stencils_built() -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return all(has(f"proxyless_fast::{op}", "CUDA") for op in ("depthwise_forward", "depthwise_backward"))
+
+
+def stencils(x: Tensor, kernels: Sequence[int], stride: int) -> bool:
+    """Whether the CUDA C++ stencils run the depthwise convolutions: built, on a GPU, of one size that they have."""
+    return x.is_cuda and len(set(kernels)) == 1 and kernels[0] in (3, 5, 7) and stride in (1, 2) and _stencils_built()
+
+
+def _taps(block: Block) -> Tensor:
+    """All taps of a block whose candidates have one kernel size: float32 (Ch, 1, k, k)."""
+    taps = [t.float() for _, _, t in block.taps]
+    return taps[0] if len(taps) == 1 else torch.cat(taps)
+
+
 def depthwise(block: Block, e: Tensor, moments: bool) -> tuple[Tensor, Tensor | None, int]:
     """d (out pixels, Ch), and if wanted its partial moments with the rows that each is of."""
+    if stencils(e, [k for _, k, _ in block.taps], block.stride):
+        d, mean, var = torch.ops.proxyless_fast.depthwise_forward(
+            image_of(e, *block.size[:3]), _taps(block), None, None, block.stride
+        )
+        partial = torch.stack([mean, var * block.out_pixels])[None] if moments else None
+        return rows_of(d), partial, block.out_pixels
     d = block.empty(block.out_pixels, block.ch)
     cfg = config("depthwise", e, block.ch, BC=block.ch)
     rows, programs = split(block.out_pixels, cfg, -(-block.ch // cfg.tile["BC"]))
@@ -311,29 +333,39 @@ def mbconv_probe(
     rows, g = rows_of(x), rows_of(grad.to(x.dtype))
     if training and (mean is None or cov is None) and any(size == 9 for size in sizes):
         mean, cov = gram_rows(rows)
-    gates = torch.empty(len(sizes), dtype=torch.float64, device=x.device)
+    found: list[tuple[int, Tensor]] = []
     for group in probe_groups(x, own, stride):
         block = make_block(x, [own[j] for j in group], stride, activation)
         statistics, block_gates = _probe(block, g, [own[j] for j in group], [buffers[j] for j in group] if buffers else [],
                                          mean, cov, training, eps)  # fmt: skip
-        gates[group[0] : group[0] + len(group)] = block_gates
+        found += zip(group, block_gates.unbind(), strict=True)
         if training and buffers:
             for j, s in zip(group, statistics, strict=True):
                 update_running(s, buffers[j], block.pixels, block.out_pixels, momentum)
+    gates = torch.stack([gate for _, gate in sorted(found, key=lambda pair: pair[0])])
     return gates.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
 
 
 def probe_groups(x: Tensor, params: Sequence[Sequence[Tensor]], stride: int) -> list[list[int]]:
-    """Consecutive candidates that are probed in the same launches (WORKSPACE)."""
+    """Candidates that are probed in the same launches: as many as WORKSPACE allows, all with an expand convolution.
+
+    The CUDA C++ stencils want whole tensors, so with them the candidates of a group have one kernel size.
+    """
+    sizes = [p[-6].shape[-1] for p in params]
+    order = list(range(len(params)))
+    apart = any(stencils(x, [k], stride) for k in sizes)
+    if apart:
+        order.sort(key=lambda j: sizes[j])
     batch, ci, height, width = x.shape
     pixels = batch * height * width + batch * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
     need = [pixels * p[-6].shape[0] * x.element_size() for p in params]
     budget = max(WORKSPACE, *need)
     groups: list[list[int]] = []
     used = 0
-    for j, p in enumerate(params):
-        alone = not groups or used + need[j] > budget or len(p) != len(params[groups[-1][0]]) or len(p) == 6
-        if alone:
+    for j in order:
+        last = groups[-1][0] if groups else j
+        fits = used + need[j] <= budget and len(params[j]) == len(params[last]) == 9
+        if not groups or not fits or (apart and sizes[j] != sizes[last]):
             groups.append([])
             used = 0
         groups[-1].append(j)
@@ -432,7 +464,7 @@ def mbconv_backward(
 
     cfg = config("project_backward", d_rows, co, BC=ch)
     columns = -(-ch // cfg.tile["BC"])
-    rows, programs = split(block.out_pixels, cfg, columns, least=2 * co if weights else 1)
+    rows, programs = split(block.out_pixels, cfg, columns, least=4 * co if weights else 1)
     dz = torch.empty_like(d_rows)
     partial = block.empty(programs, 2, ch, dtype=torch.float32)
     dwp = block.empty(programs, co, ch, dtype=torch.float32) if weights else None
@@ -443,47 +475,53 @@ def mbconv_backward(
     )  # fmt: skip
     second, affine2 = _finish_gradient(partial, block.out_pixels, norm2, training)
 
-    dtaps = _depthwise_weight(block, dz, d_rows, affine2, norm2, e, training) if weights else None
+    de, dtaps = _depthwise_backward(block, dz, d_rows, affine2, norm2, e, training)
+    del dz, e
     dx = block.empty(0)
     first: list[Tensor] = []
-    if input or (weights and block.w1 is not None):
-        de = _depthwise_input(block, dz, d_rows, affine2, norm2, training)
-        if block.w1 is None:
-            dx = image_of(de, *block.size[:3])
-        else:
-            del dz
-            dx_rows, first = _expand_backward(block, de, norm1, mean, cov, training, input, weights)
-            if input:
-                dx = image_of(dx_rows, *block.size[:3])
+    if block.w1 is None:
+        dx = image_of(de, *block.size[:3]) if input else dx
+    else:
+        dx_rows, first = _expand_backward(block, de, norm1, mean, cov, training, input, weights)
+        dx = image_of(dx_rows, *block.size[:3]) if dx_rows is not None else dx
     if not weights:
         return dx, []
     found = [*first, dtaps, second[0], second[1], dwp.sum(0), third[0], third[1]]
     return dx, [t.reshape(p.shape).to(p.dtype) for t, p in zip(found, params, strict=True)]
 
 
-def _depthwise_input(block: Block, dz, d, affine2, norm2, training: bool) -> Tensor:
+def _depthwise_backward(block: Block, dz, d, affine2, norm2, e, training: bool) -> tuple[Tensor, Tensor | None]:
+    """(de, and where e is given the gradient of the taps)."""
     ((_, k, taps),) = block.taps
-    batch, height, width, ho, wo = block.size
-    de = block.empty(block.pixels, block.ch)
-    cfg = config("depthwise_input", de, block.ch, BC=block.ch)
+    if stencils(dz, [k], block.stride):
+        return _depthwise_backward_stencil(block, dz, d, affine2, norm2, e)
+    cfg = config("depthwise_backward", dz, block.ch, BC=block.ch)
+    columns = -(-block.ch // cfg.tile["BC"])
+    de, partial = block.empty(block.pixels, block.ch), None
+    if e is None:
+        rows, programs = cfg.tile["BM"], -(-block.pixels // cfg.tile["BM"])
+    else:
+        rows, programs = split(block.pixels, cfg, columns, least=16 * k * k)
+        partial = block.empty(programs, k * k, block.ch, dtype=torch.float32)
     run(
-        dw.depthwise_input, (-(-block.pixels // cfg.tile["BM"]), -(-block.ch // cfg.tile["BC"])), cfg, dz, d, affine2,
-        norm2, taps, de, block.pixels, height, width, ho, wo, C=block.ch, K=k, STRIDE=block.stride, TRAINING=training,
-    )  # fmt: skip
-    return de
-
-
-def _depthwise_weight(block: Block, dz, d, affine2, norm2, e, training: bool) -> Tensor:
-    ((_, k, _),) = block.taps
-    cfg = config("depthwise_weight", e, block.ch, BC=block.ch)
-    rows, programs = split(block.out_pixels, cfg, -(-block.ch // cfg.tile["BC"]), least=4 * k * k)
-    partial = block.empty(programs, k * k, block.ch, dtype=torch.float32)
-    run(
-        dw.depthwise_weight, (programs, -(-block.ch // cfg.tile["BC"])), cfg, dz, d, affine2, norm2, e, partial,
-        block.out_pixels, rows, *block.size[1:], C=block.ch, K=k, STRIDE=block.stride, TRAINING=training,
+        dw.depthwise_backward, (programs, columns), cfg, dz, d, affine2, norm2, taps, e if e is not None else dz, de,
+        partial, block.pixels, rows, *block.size[1:], C=block.ch, K=k, STRIDE=block.stride, TRAINING=training,
         BT=padded(k * k),
     )  # fmt: skip
-    return partial.sum(0).t()
+    return de, None if partial is None else partial.sum(0).t()
+
+
+def _depthwise_backward_stencil(block: Block, dz, d, affine2, norm2, e) -> tuple[Tensor, Tensor | None]:
+    out = (block.size[0], *block.size[3:])
+    affine = torch.stack([affine2[0], affine2[1], norm2[0], affine2[2]])
+    gradient = (image_of(dz, *out), image_of(d, *out), affine)
+    if e is None:  # of the input the stencil needs only the shape then
+        like = block.empty(block.pixels, block.ch)
+        arguments = (image_of(like, *block.size[:3]), None, None, _taps(block), block.stride, False)
+        return rows_of(torch.ops.proxyless_fast.depthwise_backward_input(*gradient, *arguments)), None
+    arguments = (image_of(e, *block.size[:3]), None, None, _taps(block), block.stride, False)
+    de, dtaps = torch.ops.proxyless_fast.depthwise_backward(*gradient, *arguments)
+    return rows_of(de), dtaps
 
 
 def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: bool, weights: bool):
@@ -498,17 +536,24 @@ def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: 
     columns = -(-ch // cfg.tile["BC"])
     # One pass over de for everything, unless the shares of dX, one for each group of channels, are more than de itself.
     once = input and weights and 2 * ci <= cfg.tile["BC"]
-    dx = block.empty(columns if once else 1, pixels, ci) if input else None
-    if input and not once:
+    # Without tensor cores a tile of a wide A does not fit into registers; a library's product over q, left in memory, does.
+    library = weights and not once and dtype == torch.float32 and ci > 64
+    dx = block.empty(columns if once else 1, pixels, ci) if input or library else None
+    if (input or library) and not once:
         cfg = config("expand_input", de, ci, BC=ch)
         programs = -(-pixels // cfg.tile["BM"])
         partial = block.empty(programs, 2, ch, dtype=torch.float32)
-        run(b.expand_input, (programs,), cfg, de, block.x, block.w1, norm1, dx, partial, pixels, **shared)
-    if weights:
+        run(
+            b.expand_input, (programs,), cfg, de, block.x, block.w1, norm1, dx, partial, de if library else None,
+            pixels, **shared,
+        )  # fmt: skip
+    if library:
+        a = (de.t() @ (block.x - centre))[None]
+    elif weights:
         if not once:
             cfg = config("expand_weight", de, ci, BC=ch)
         columns = -(-ch // cfg.tile["BC"])
-        rows, programs = split(pixels, cfg, columns, least=2 * ci)
+        rows, programs = split(pixels, cfg, columns, least=4 * ci)
         sums = None
         if partial is None:
             sums = partial = block.empty(programs, 2, ch, dtype=torch.float32)
@@ -517,6 +562,7 @@ def _expand_backward(block: Block, de, norm1, mean, cov, training: bool, input: 
             b.expand_backward, (programs * columns,), cfg, de, block.x, centre, block.w1, norm1,
             dx if once else None, sums, a, pixels, rows, **shared,
         )  # fmt: skip
+    assert partial is not None
     gradients, _ = _finish_gradient(partial, pixels, norm1, training)
 
     w, scale, inverse = block.w1.double(), norm1[2].double(), norm1[1].double()

@@ -38,16 +38,12 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
         "float": [(WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 8, 2))],
     },
     "depthwise": {
-        "half": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
-        "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
-    },
-    "depthwise_input": {
-        "half": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
+        "half": [(WIDE, Config({"BM": 32, "BC": 64}, 4, 1))],
         "float": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
     },
-    "depthwise_weight": {
-        "half": [(WIDE, Config({"BM": 64, "BC": 16}, 4, 1))],
-        "float": [(WIDE, Config({"BM": 64, "BC": 16}, 4, 1))],
+    "depthwise_backward": {
+        "half": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
+        "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
     },
     "project": {
         "half": [
@@ -84,8 +80,6 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
         ],
         "float": [
             (64, Config({"BM": 32, "BC": 32}, 4, 2)),
-            (256, Config({"BM": 16, "BC": 32}, 8, 1)),
-            (WIDE, Config({"BM": 16, "BC": 16}, 8, 1)),
         ],
     },
     "expand_input": {

@@ -75,69 +75,60 @@ def load_affine(affine, norm, c, inside, C: tl.constexpr):
 
 
 @triton.jit
-def depthwise_input(dz, d, affine, norm, taps, de, pixels, height, width, out_height, out_width, C: tl.constexpr,
-                    K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr, BM: tl.constexpr,
-                    BC: tl.constexpr):  # fmt: skip
-    """de (B, height, width, C): the convolution's gradient, BN2's backward applied to (dz, d) as they are read."""
-    first = tl.program_id(0) * BM
-    r = tl.arange(0, BM)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = c < C
-    live = r < pixels - first
-    area = width * height
-    ix = (r + first) % width
-    iy = (r + first) // width % height
-    image = ((r + first) // area - first // area) * out_height
-    before = (first // area).to(tl.int64) * (out_height * out_width) * C
-    dz += before
-    d += before
-    de += first.to(tl.int64) * C
-    pa, ra, ta, mean = load_affine(affine, norm, c, inside, C)
-    acc = tl.zeros((BM, BC), tl.float32)
-    for ky in range(K):
-        for kx in tl.static_range(K):
-            y, x = iy + (K // 2 - ky), ix + (K // 2 - kx)  # STRIDE times the output pixel that tap (ky, kx) serves
-            oy, ox = y // STRIDE, x // STRIDE
-            seen = live & (y >= 0) & (oy < out_height) & (x >= 0) & (ox < out_width)
-            if STRIDE > 1:
-                seen = seen & (y % STRIDE == 0) & (x % STRIDE == 0)
-            row = (image + oy) * out_width + ox
-            dd = load_dd(dz, d, row, c, seen[:, None] & inside[None, :], pa, ra, ta, mean, C, TRAINING)
-            w = tl.load(taps + c * (K * K) + ky * K + kx, mask=inside, other=0.0).to(tl.float32)
-            acc += dd * w[None, :]
-    at = r[:, None] * C + c[None, :]
-    tl.store(de + at, acc.to(de.dtype.element_ty), mask=live[:, None] & inside[None, :])
+def depthwise_backward(dz, d, affine, norm, taps, e, de, partial, pixels, rows, height, width, out_height, out_width,
+                       C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr,
+                       BM: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+    """Both gradients in one pass, BN2's backward applied to (dz, d) as they are read.
 
-
-@triton.jit
-def depthwise_weight(dz, d, affine, norm, e, partial, pixels, rows, height, width, out_height, out_width,
-                     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr, BM: tl.constexpr,
-                     BC: tl.constexpr, BT: tl.constexpr):  # fmt: skip
-    """partial (programs, K * K, C): the taps' gradient over `rows` output pixels each."""
+    de (B, height, width, C): the input's. partial, where it is given, (programs, K * K, C): the taps', summed over
+    `rows` input pixels each; tap k of input pixel p meets the same output pixel in both. BT covers K * K.
+    """
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
     tap = tl.arange(0, BT)
-    pa, ra, ta, mean = load_affine(affine, norm, c, inside, C)
-    acc = tl.zeros((BT, BC), tl.float32)
+    p = tl.load(affine + c, mask=inside, other=0.0)
+    q = tl.load(affine + C + c, mask=inside, other=0.0)
+    t = tl.load(affine + 2 * C + c, mask=inside, other=0.0)
+    mean = tl.load(norm + c, mask=inside, other=0.0)
+    if partial is not None:
+        dw = tl.zeros((BT, BC), tl.float32)
     count = tl.minimum(rows, pixels - program * rows)
-    area, first = out_width * out_height, program * rows
-    e += (first // area).to(tl.int64) * height * width * C
-    dz += first.to(tl.int64) * C
-    d += first.to(tl.int64) * C
+    area, first = width * height, program * rows
+    before = (first // area).to(tl.int64) * (out_height * out_width) * C
+    dz += before
+    d += before
+    e += first.to(tl.int64) * C
+    de += first.to(tl.int64) * C
     for start in range(0, count, BM):
         r = start + tl.arange(0, BM)
         live = r < count
-        ox = (r + first) % out_width
-        oy = (r + first) // out_width % out_height
-        image = ((r + first) // area - first // area) * height
-        dd = load_dd(dz, d, r, c, live[:, None] & inside[None, :], pa, ra, ta, mean, C, TRAINING)
+        ix = (r + first) % width
+        iy = (r + first) // width % height
+        image = ((r + first) // area - first // area) * out_height
+        at = r[:, None] * C + c[None, :]
+        here = live[:, None] & inside[None, :]
+        acc = tl.zeros((BM, BC), tl.float32)
+        if partial is not None:
+            et = tl.load(e + at, mask=here, other=0.0).to(tl.float32)
         for ky in range(K):
             for kx in tl.static_range(K):
-                iy, ix = oy * STRIDE + (ky - K // 2), ox * STRIDE + (kx - K // 2)
-                seen = live & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
-                at = ((image + iy) * width + ix)[:, None] * C + c[None, :]
-                v = tl.load(e + at, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                acc += tl.where(tap[:, None] == ky * K + kx, tl.sum(dd * v, 0)[None, :], 0.0)
-    at = partial + program * (K * K * C) + tap[:, None] * C + c[None, :]
-    tl.store(at, acc, mask=(tap < K * K)[:, None] & inside[None, :])
+                y, x = iy + (K // 2 - ky), ix + (K // 2 - kx)  # STRIDE times the output pixel that the tap serves
+                oy, ox = y // STRIDE, x // STRIDE
+                seen = live & (y >= 0) & (oy < out_height) & (x >= 0) & (ox < out_width)
+                if STRIDE > 1:
+                    seen = seen & (y % STRIDE == 0) & (x % STRIDE == 0)
+                there = ((image + oy) * out_width + ox)[:, None] * C + c[None, :]
+                mask = seen[:, None] & inside[None, :]
+                dd = p[None, :] * tl.load(dz + there, mask=mask, other=0.0).to(tl.float32)
+                if TRAINING:
+                    v = tl.load(d + there, mask=mask, other=0.0).to(tl.float32)
+                    dd = tl.where(mask, dd + q[None, :] * (v - mean[None, :]) + t[None, :], 0.0)
+                w = tl.load(taps + c * (K * K) + ky * K + kx, mask=inside, other=0.0).to(tl.float32)
+                acc += dd * w[None, :]
+                if partial is not None:
+                    dw += tl.where(tap[:, None] == ky * K + kx, tl.sum(dd * et, 0)[None, :], 0.0)
+        tl.store(de + at, acc.to(de.dtype.element_ty), mask=here)
+    if partial is not None:
+        at = partial + program * (K * K * C) + tap[:, None] * C + c[None, :]
+        tl.store(at, dw, mask=(tap < K * K)[:, None] & inside[None, :])

@@ -40,15 +40,13 @@ def gram_partial(x, pivot, sums, seconds, pixels, rows, C: tl.constexpr, PRECISI
 
 
 @triton.jit
-def gram_finish(pivot, sums, seconds, mean, cov, programs, pixels, C: tl.constexpr, TILE: tl.constexpr,
-                BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def gram_finish(pivot, sums, seconds, mean, cov, programs, pixels, C: tl.constexpr, BT: tl.constexpr,
+                BC: tl.constexpr):  # fmt: skip
     """mean (C,) and covariance (C, C), float64, from the partial sums; one row of cov per program."""
     i = tl.program_id(0)
     j = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = j < C
-    # Only the tiles on and above the diagonal were written; the others are their mirror.
-    swap = j // TILE < i // TILE
-    at = tl.where(swap, j * C + i, i * C + j)
+    at = tl.minimum(i, j) * C + tl.maximum(i, j)  # below the diagonal its mirror: exactly symmetric
     second = tl.zeros((BC,), tl.float64)
     sum_j = tl.zeros((BC,), tl.float64)
     sum_i = tl.zeros((BT,), tl.float64)

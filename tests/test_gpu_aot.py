@@ -1,0 +1,68 @@
+"""GPU kernels without a GPU: compiled to machine code for sm_80 and sm_90, and the traffic model's promises."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_model as model
+import gpu_table as table
+
+BATCH = 64
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_compiles_and_nothing_spills_on_hopper(arch, dtype):
+    found = table.compiled(arch, dtype)
+    names = {launched.name for launched, _ in found}
+    assert names == {
+        "gram_partial", "gram_finish", "expand", "depthwise", "finish_moments", "project", "normalise", "pair_sums",
+        "finish_gradient", "project_backward", "depthwise_backward", "expand_backward", "expand_input", "finish_input",
+        "finish_probe",
+    }  # fmt: skip
+    limit = {80: 163, 90: 227}[arch] * 1024
+    for launched, code in found:
+        assert code.shared <= limit, (launched.name, launched.config)
+        if arch == 90:
+            assert code.stack == 0, (launched.name, launched.config, launched.constants)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return model.rows(BATCH, torch.bfloat16)
+
+
+def test_modelled_traffic_of_a_step(rows):
+    assert len(rows) == 21
+    assert model.ratio(rows, "arch", "fast") <= 0.35
+    assert model.ratio(rows, "weight", "fast") <= 0.45
+
+
+def test_what_is_kept_for_backward(rows):
+    assert model.kept_ratio(rows, "fast") <= 0.35
+    assert model.kept_ratio(rows, "lean") <= 0.15
+
+
+def test_the_model_counts_eager_as_written():
+    shape = model.Shape(2, 4, 6, 8, 3, 1, 3)  # batch, in, out, size, kernel, stride, expand
+    x, wide, out = (2 * 64 * c * 4 for c in (4, 12, 6))
+    counted = {}
+    for p in model.eager(shape, torch.float32, "arch"):
+        counted.setdefault(p.name, []).append(p.bytes)
+    weights = (4 * 12 * 4, 12 * 9 * 4, 12 * 6 * 4)
+    first = [x + wide + weights[0], 2 * wide + weights[1], wide + out + weights[2]]
+    assert counted["convolution"][:3] == first
+    assert counted["native_batch_norm"][0] >= 3 * wide
+    # the input's gradient alone: frozen weights get none
+    backward = [wide + out + weights[2], 2 * wide + weights[1], x + wide + weights[0]]
+    assert counted["convolution_backward"] == backward
