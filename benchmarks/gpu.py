@@ -41,8 +41,8 @@ CHECKED = [
     (64, 192, 320, 7, 7, 7, 1, 6),
 ]
 LAYERS = [  # in, out, size, stride of the distinct mixed layers of the ImageNet space
-    (16, 24, 112, 2), (24, 24, 56, 1), (24, 40, 56, 2), (40, 40, 28, 1), (40, 80, 28, 2), (80, 80, 14, 1), (80, 96, 14, 1),
-    (96, 96, 14, 1), (96, 192, 14, 2), (192, 192, 7, 1), (192, 320, 7, 1),
+    (16, 24, 112, 2), (24, 24, 56, 1), (24, 40, 56, 2), (40, 40, 28, 1), (40, 80, 28, 2), (80, 80, 14, 1),
+    (80, 96, 14, 1), (96, 96, 14, 1), (96, 192, 14, 2), (192, 192, 7, 1), (192, 320, 7, 1),
 ]  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def check_block(shape: tuple[int, ...], name: str, policy: str) -> list[str]:
     ours = gradients(lambda x, p: mbconv(x, p, policy=policy, **options), x, grad, half)
     again = gradients(lambda x, p: mbconv(x, p, policy=policy, **options), x, grad, half)
     frozen = mbconv(x, [p.detach() for p in half], policy=policy, **options)  # no gradient: nothing kept
-    alone = gradients(lambda x, p: mbconv(x, [q.detach() for q in p], policy=policy, **options) + 0 * sum(q.sum() for q in p),
-                      x, grad, half)[1]  # fmt: skip
+    leaf = x.detach().requires_grad_()
+    (alone,) = torch.autograd.grad(mbconv(leaf, half, policy=policy, **options), leaf, grad)  # weights are frozen
     bad = [] if torch.equal(frozen, ours[0]) else ["forward without gradients"]
     bad += [] if (alone - ours[1]).norm() <= FLOOR[name] * ours[1].norm() else ["dx alone"]
     for i, (a, twice, b, t) in enumerate(zip(ours, again, eager, truth, strict=True)):
@@ -119,19 +119,19 @@ def check_graph() -> list[str]:
 
 def check_stencils() -> list[str]:
     """The CUDA C++ stencils against Triton's depthwise kernels, where they are built."""
-    from proxyless_fast.ops.triton import compose
+    from proxyless_fast.ops.triton import passes
 
-    if not compose._stencils_built():
+    if not passes.stencils_built():
         return []
     bad = []
-    chosen = compose.stencils
+    chosen = passes.stencils
     for shape in CHECKED:
         x, grad, params = block_inputs(shape, torch.float32)
         both = []
         for use in (chosen, lambda *_: False):
-            compose.stencils = use
+            passes.stencils = use
             both.append(gradients(lambda x, p: mbconv(x, p, stride=shape[6], eps=EPS), x, grad, params))  # noqa: B023
-        compose.stencils = chosen
+        passes.stencils = chosen
         if any((a - b).norm() > 1e-5 * b.norm() + 1e-6 for a, b in zip(*both, strict=True)):
             bad.append(f"stencils differ from Triton's kernels at {shape}")
     return bad
@@ -240,8 +240,8 @@ def steps(batches: list[int], names: list[str], end: float) -> list[dict[str, An
                         print(f"  {name} {kind} {who} batch {batch}: out of memory", flush=True)
                         break
                     rows.append(row)
-                    print(f"  {name} {kind:6} {who:13} batch {batch:5}: {row['ms']:9.2f} ms, {row['peak_mib']:8.0f} MiB",
-                          flush=True)  # fmt: skip
+                    text = f"{row['ms']:9.2f} ms, {row['peak_mib']:8.0f} MiB"
+                    print(f"  {name} {kind:6} {who:13} batch {batch:5}: {text}", flush=True)
                 del net
                 torch.cuda.empty_cache()
     return rows
@@ -288,7 +288,9 @@ def summary(rows: list[dict[str, Any]]) -> None:
             ours = [r["ms"] for r in mine if r["batch"] == batch and r["who"] == "fast"]
             if peers and ours:
                 print(f"{dtype} {kind} step, batch {batch}: {min(peers) / ours[0]:.2f}x the best peer's speed")
-        largest = {who: max(r["batch"] for r in mine if r["who"] == who) for who in dict.fromkeys(r["who"] for r in mine)}
+        largest = {
+            who: max(r["batch"] for r in mine if r["who"] == who) for who in dict.fromkeys(r["who"] for r in mine)
+        }
         print(f"{dtype} {kind} step, largest batch tried that fits: {largest}")
 
 

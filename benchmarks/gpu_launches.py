@@ -1,4 +1,4 @@
-"""What a step would launch on a GPU, seen without one: the composition is run on meta tensors and its launches recorded.
+"""What a step would launch on a GPU, seen without one: the composition runs on meta tensors, its launches recorded.
 
 Used by the table of compiled kernels (gpu_table.py), the traffic model (gpu_model.py) and the tests.
 """
@@ -95,7 +95,7 @@ def recording(arch: int = 90) -> Iterator[list[Launch]]:
     def config(kernel, x, width, **at_most):
         return configs.config(kernel, x.dtype, width, arch, **at_most)
 
-    with mock.patch.object(compose, "run", record), mock.patch.object(compose, "config", config):
+    with mock.patch.object(launch, "run", record), mock.patch.object(launch, "config", config):
         yield launches
 
 
@@ -189,7 +189,7 @@ class Compiled:
 
     @property
     def occupancy(self) -> float:
-        """Resident warps over the most a multiprocessor holds (64 on sm_80 and sm_90), by registers and shared memory."""
+        """Resident warps over the 64 that a multiprocessor of sm_80 or sm_90 holds, by registers and shared memory."""
         shared_total = {80: 164, 90: 228}[self.arch] * 1024
         registers = -(-self.registers // 8) * 8 * 32 * self.warps
         blocks = min(65536 // registers, shared_total // (self.shared + 1024), 32, 64 // self.warps)
@@ -209,9 +209,7 @@ def compile_launch(launched: Launch, arch: int, scratch: Path) -> Compiled:
         [str(_CUOBJDUMP), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
     ).stdout
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(
-        found["REG"], found["STACK"] + found["LOCAL"], binary.metadata.shared, launched.config.warps, arch
-    )
+    return Compiled(found["REG"], found["STACK"] + found["LOCAL"], binary.metadata.shared, launched.config.warps, arch)
 
 
 def distinct(launches: list[Launch], key: Callable[[Launch], Any] = lambda launched: launched.key) -> list[Launch]:

@@ -34,9 +34,11 @@ class Card:
 # NVIDIA's data sheets: "A100 80GB SXM" (2021) and "H100 SXM" (2023), the figures without sparsity.
 CARDS = (Card("A100", 2.039e12, 312e12, 19.5e12), Card("H100", 3.35e12, 989e12, 67e12))
 
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "split", "split_with_sizes", "unbind", "slice",
-         "select", "view", "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "reshape", "as_strided",
-         "lift_fresh"}  # fmt: skip
+_FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "split", "split_with_sizes", "unbind"),
+    *("slice", "select", "view", "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze"),
+    *("reshape", "as_strided", "lift_fresh"),
+}
 
 
 def nbytes(values: Any) -> int:
@@ -104,7 +106,9 @@ def _launch_pass(launched: Launch) -> Pass:
     flops = 0
     if name.startswith("depthwise"):
         outputs = args["d"].shape[0]
-        flops = 2 * outputs * c["C"] * c["K"] ** 2 * (1 if "backward" not in name else 1 + (args["partial"] is not None))
+        flops = (
+            2 * outputs * c["C"] * c["K"] ** 2 * (1 if "backward" not in name else 1 + (args["partial"] is not None))
+        )
     return Pass(name, nbytes(launched.args), flops, False)
 
 
@@ -184,9 +188,7 @@ def saved(shape: Shape, dtype: torch.dtype, policy: str) -> int:
         net = _Eager(shape, dtype)
         return kept(net, x, [*net.parameters(), *net.buffers()])
     params = [p.requires_grad_() for p in shape.params(dtype)]
-    return kept(
-        lambda t: pf.ops.mbconv(t, params, stride=shape.stride, training=True, policy=policy), x, params
-    )
+    return kept(lambda t: pf.ops.mbconv(t, params, stride=shape.stride, training=True, policy=policy), x, params)
 
 
 def layer(shape: Shape) -> list[Shape]:

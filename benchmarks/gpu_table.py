@@ -1,7 +1,7 @@
 """Writes the tables of docs/gpu.md: what the assembler says of every kernel, and the traffic model.
 
-    python benchmarks/gpu_table.py            both, into docs/gpu.md (needs torch and triton; no GPU)
-    python benchmarks/gpu_table.py kernels    one of them: kernels, model
+python benchmarks/gpu_table.py            both, into docs/gpu.md (needs torch and triton; no GPU)
+python benchmarks/gpu_table.py kernels    one of them: kernels, model
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ def by_configuration(dtype: torch.dtype, arch: int) -> list[Launch]:
     def kind(launched: Launch) -> tuple:
         c = launched.constants
         absent = tuple(a is None for a in launched.args)
-        return (launched.name, tuple(launched.config.tile.items()), launched.config.warps, c.get("K"), c.get("MODE"), absent)
+        return (
+            launched.name,
+            tuple(launched.config.tile.items()),
+            launched.config.warps,
+            c.get("K"),
+            c.get("MODE"),
+            absent,
+        )
 
     return distinct(every_launch(BATCH, dtype, arch)[::-1], kind)
 
@@ -56,7 +63,7 @@ def kernel_table() -> str:
     found: dict[tuple, dict[str, str]] = {}
     for dtype_name, arch in (("bf16", 90), ("bf16", 80), ("fp32", 90)):
         for launched, code in compiled(arch, DTYPES[dtype_name]):
-            tile = "×".join(str(v) for v in launched.config.tile.values())
+            tile = " x ".join(str(v) for v in launched.config.tile.values())
             key = (launched.name, variant(launched), tile, f"{launched.config.warps}, {launched.config.stages}")
             spilled = f", **{code.stack} B of stack**" if code.stack else ""
             text = f"{code.registers} regs, {code.shared / 1024:.0f} KiB, {100 * code.occupancy:.0f} %{spilled}"
@@ -70,18 +77,18 @@ def kernel_table() -> str:
 def model_table(dtype_name: str) -> str:
     rows = model.rows(BATCH, DTYPES[dtype_name])
     lines = [
-        f"{dtype_name}, batch {BATCH}; MB and GFLOP of one step of a layer, mean over the six MBConvs as the active one. "
-        "Times: roofline, µs, ours `fast` beside eager's.",
+        f"{dtype_name}, batch {BATCH}; MB and GFLOP of one step of a layer, the mean over its six MBConvs, each as the "
+        "active one. Times: roofline, µs, ours `fast` / eager's.",
         "",
-        "| layer | weight: eager MB | fast | lean | GFLOP eager, fast | A100 µs | H100 µs | arch: eager MB | fast | lean | "
-        "GFLOP eager, fast | A100 µs | H100 µs | kept: eager MB | fast | lean |",
+        "| layer | weight: eager MB | fast | lean | GFLOP eager, fast | A100 µs | H100 µs "
+        "| arch: eager MB | fast | lean | GFLOP eager, fast | A100 µs | H100 µs | kept: eager MB | fast | lean |",
         "|---|" + "---|" * 15,
     ]
     counts: dict[str, int] = {}
     for r in rows:
         counts[r.layer] = counts.get(r.layer, 0) + 1
     for r in {r.layer: r for r in rows}.values():
-        cells = [r.layer + (f" (×{counts[r.layer]})" if counts[r.layer] > 1 else "")]
+        cells = [r.layer + (f" ({counts[r.layer]} of them)" if counts[r.layer] > 1 else "")]
         for step in ("weight", "arch"):
             cells += [f"{r.bytes[step, who] / 1e6:.0f}" for who in ("eager", "fast", "lean")]
             cells.append(f"{r.flops[step, 'eager'] / 1e9:.1f}, {r.flops[step, 'fast'] / 1e9:.1f}")
@@ -95,7 +102,9 @@ def model_table(dtype_name: str) -> str:
     for step in ("weight", "arch"):
         cells = " | ".join(f"{model.ratio(rows, step, who):.3f}" for who in ("fast", "lean"))
         lines.append(f"| bytes of {'a weight' if step == 'weight' else 'an arch'} step | {cells} |")
-    lines.append("| kept for backward | " + " | ".join(f"{model.kept_ratio(rows, w):.3f}" for w in ("fast", "lean")) + " |")
+    lines.append(
+        "| kept for backward | " + " | ".join(f"{model.kept_ratio(rows, w):.3f}" for w in ("fast", "lean")) + " |"
+    )
     return "\n".join(lines)
 
 

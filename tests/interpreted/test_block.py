@@ -1,4 +1,4 @@
-"""The composed MBConv, by the interpreter, against float64: at most twice the error of eager PyTorch in the same dtype."""
+"""The composed MBConv, interpreted, against float64: at most twice the error of eager PyTorch in the same dtype."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from test_kernels import few_programs  # noqa: F401  (a fixture)
 
 from proxyless_fast.ops.mbconv import mbconv_reference
-from proxyless_fast.ops.triton import compose
+from proxyless_fast.ops.triton import compose, passes
 
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
@@ -60,11 +60,9 @@ def ours(x, grad, params, shape, training, policy, running=()):
     stride, activation = shape[6], shape[8]
     mean = cov = None
     if training and len(params) == 9:
-        mean, cov = compose.gram_rows(compose.rows_of(x))
+        mean, cov = passes.gram_rows(passes.rows_of(x))
     keep = {"lean": 1, "fast": 2}[policy]
-    out, y, d, statistics = compose.mbconv(
-        x, params, running, mean, cov, stride, activation, training, 1e-3, keep
-    )
+    out, y, d, statistics = compose.mbconv(x, params, running, mean, cov, stride, activation, training, 1e-3, keep)
     dx, dparams = compose.mbconv_backward(
         grad, x, y, d, statistics, params, mean, cov, stride, activation, training, 1e-3, True, True
     )
@@ -132,7 +130,7 @@ def test_inference_writes_only_the_output():
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]], ids=str)
 def test_half_of_backward_is_that_half_of_all(shape, input, weights):
     x, grad, params = inputs(shape, torch.float32)
-    mean, cov = compose.gram_rows(compose.rows_of(x)) if len(params) == 9 else (None, None)
+    mean, cov = passes.gram_rows(passes.rows_of(x)) if len(params) == 9 else (None, None)
     _, y, d, statistics = compose.mbconv(x, params, [], mean, cov, shape[6], shape[8], True, 1e-3, 2)
     arguments = (grad, x, y, d, statistics, params, mean, cov, shape[6], shape[8], True, 1e-3)
     dx, dparams = compose.mbconv_backward(*arguments, True, True)
@@ -165,7 +163,7 @@ def test_probe_of_several_candidates(workspace, training, monkeypatch):
         eager(x, grad, p, s, torch.float64, training, own)[-1]
         for p, s, own in zip(params, shapes, expected_running, strict=True)
     ]
-    mean, cov = compose.gram_rows(compose.rows_of(x))
+    mean, cov = passes.gram_rows(passes.rows_of(x))
     gates = compose.mbconv_probe(
         x, grad, [t for p in params for t in p], [r for own in running for r in own], [9, 9, 9], mean, cov, 2, "relu6",
         training, 0.1, 1e-3,

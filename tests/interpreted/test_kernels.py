@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from proxyless_fast.ops.triton import compose, configs
+from proxyless_fast.ops.triton import configs, gradients, launch, passes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -18,8 +18,8 @@ def few_programs(monkeypatch):
         found = configs.config(kernel, x.dtype, width, 90, **at_most)
         return found._replace(programs=3, tile=found.tile | {"BM": 16})
 
-    monkeypatch.setattr(compose, "config", config)
-    monkeypatch.setattr(compose, "MOST_TILES", 2)
+    monkeypatch.setattr(launch, "config", config)
+    monkeypatch.setattr(passes, "MOST_TILES", 2)
 
 
 def close(value, truth, dtype, slack=2.0):
@@ -53,7 +53,7 @@ def block(batch, ci, height, width, stride, widths, kernels, co, dtype, activati
         taps.append((first, k, torch.randn(c, 1, k, k, generator=g).to(dtype) / k))
         first += c
     size = (batch, height, width, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    return compose.Block(x, size, w1, taps, wp, ch, stride, activation)
+    return passes.Block(x, size, w1, taps, wp, ch, stride, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +61,7 @@ def block(batch, ci, height, width, stride, widths, kernels, co, dtype, activati
 def test_gram(pixels, channels, dtype):
     x = rows(pixels, channels, dtype)
     exact = x.double()
-    mean, cov = compose.gram_rows(x)
+    mean, cov = passes.gram_rows(x)
     close(mean, exact.mean(0), dtype)
     centred = exact - exact.mean(0)
     expected = centred.t() @ centred / pixels
@@ -72,7 +72,7 @@ def test_gram(pixels, channels, dtype):
 def test_gram_of_a_far_mean(few_programs):
     x = rows(200, 20, torch.float32) + 100
     exact = x.double()
-    mean, cov = compose.gram_rows(x)
+    mean, cov = passes.gram_rows(x)
     close(mean, exact.mean(0), torch.float32)
     centred = exact - exact.mean(0)
     close(cov, centred.t() @ centred / 200, torch.float32)
@@ -83,7 +83,7 @@ def test_gram_of_a_far_mean(few_programs):
 def test_expand(activation, dtype):
     b = block(1, 10, 7, 5, 1, [37], [3], 4, dtype, activation)
     n = norm(37, 2)
-    e = compose.expand(b, n)
+    e = passes.expand(b, n)
     u = normed(b.x.double() @ b.w1.double().t(), n)
     acts = {"relu6": F.relu6, "relu": F.relu, "silu": F.silu, "hardswish": F.hardswish, "identity": lambda t: t}
     close(e, acts[activation](u), dtype)
@@ -94,7 +94,7 @@ def test_expand(activation, dtype):
 def test_depthwise_side_by_side(stride, dtype, few_programs):
     b = block(2, 4, 7, 6, stride, [5, 20], [5, 3], 4, dtype)
     e = rows(b.pixels, b.ch, dtype, seed=5)
-    d, partial, each = compose.depthwise(b, e, moments=True)
+    d, partial, each = passes.depthwise(b, e, moments=True)
     image = e.double().view(2, 7, 6, -1).permute(0, 3, 1, 2)
     expected = torch.cat(
         [
@@ -103,9 +103,9 @@ def test_depthwise_side_by_side(stride, dtype, few_programs):
         ],
         1,
     )
-    close(d, compose.rows_of(expected), dtype)
+    close(d, passes.rows_of(expected), dtype)
     gamma, beta = torch.ones(b.ch), torch.zeros(b.ch)
-    statistics, _ = compose._finish_moments(partial, each, b.out_pixels, gamma, beta, 1e-3)
+    statistics, _ = passes.finish_moments(partial, each, b.out_pixels, gamma, beta, 1e-3)
     close(statistics[0], d.double().mean(0), torch.float32)
     close(statistics[1], d.double().var(0, unbiased=False), torch.float32)
 
@@ -117,15 +117,15 @@ def test_project_and_its_epilogues(co, dtype, few_programs):
     d, g = rows(b.pixels, b.ch, dtype, seed=5), rows(b.pixels, co, dtype, seed=6)
     n, n3 = norm(b.ch, 3), norm(co, 4)
     h = F.relu6(normed(d.double(), n))
-    one = compose.Block(b.x, b.size, b.w1, b.taps[:1], b.wp, b.ch, 1, "relu6")  # all channels as one candidate
+    one = passes.Block(b.x, b.size, b.w1, b.taps[:1], b.wp, b.ch, 1, "relu6")  # all channels as one candidate
     y = h @ b.wp.double().t()
-    written, partial, each = compose.project(one, d, n, "train")
+    written, partial, each = passes.project(one, d, n, "train")
     close(written, y, dtype)
-    statistics, _ = compose._finish_moments(partial[0], each, b.pixels, torch.ones(co), torch.zeros(co), 1e-3)
+    statistics, _ = passes.finish_moments(partial, each, b.pixels, torch.ones(co), torch.zeros(co), 1e-3)
     close(statistics[0], written.double().mean(0), torch.float32)
     close(statistics[1], written.double().var(0, unbiased=False), torch.float32)
-    close(compose.project(one, d, n, "eval", norm3=n3)[0], normed(y, n3), dtype)
-    _, partial, each = compose.project(b, d, n, "probe", grad=g)
+    close(passes.project(one, d, n, "eval", norm3=n3)[0], normed(y, n3), dtype)
+    _, partial, each = passes.project(b, d, n, "probe", grad=g)
     for j, (first, last) in enumerate(((0, 5), (5, 25), (25, 49))):
         y = h[:, first:last] @ b.wp[:, first:last].double().t()
         mean, m2, sum_g, sum_yg = partial[j].double().unbind(1)
@@ -147,14 +147,14 @@ def test_depthwise_backward(kernel, stride, dtype, few_programs):
     affine, n = torch.randn(3, b.ch, generator=torch.Generator().manual_seed(8)), norm(b.ch, 9)
     p, r, t = affine.double()
     dd = p * dz.double() + r * (d.double() - n[0].double()) + t
-    dd = compose.image_of(dd, 2, *b.size[3:])
-    image = compose.image_of(e.double(), 2, 7, 6)
+    dd = passes.image_of(dd, 2, *b.size[3:])
+    image = passes.image_of(e.double(), 2, 7, 6)
     options = {"stride": stride, "padding": kernel // 2, "groups": b.ch}
     taps = b.taps[0][2].double()
-    de, dtaps = compose._depthwise_backward(b, dz, d, affine, n, e, True)
-    close(de, compose.rows_of(torch.nn.grad.conv2d_input(image.shape, taps, dd, **options)), dtype)
+    de, dtaps = gradients._depthwise(b, dz, d, affine, n, e, True)
+    close(de, passes.rows_of(torch.nn.grad.conv2d_input(image.shape, taps, dd, **options)), dtype)
     expected = torch.nn.grad.conv2d_weight(image, taps.shape, dd, **options)
     close(dtaps.reshape(taps.shape), expected, torch.float32)
-    alone, none = compose._depthwise_backward(b, dz, d, affine, n, None, True)
+    alone, none = gradients._depthwise(b, dz, d, affine, n, None, True)
     assert torch.equal(alone, de)
     assert none is None

@@ -170,7 +170,8 @@ def finish_input(parts, x, mean_x, correction, constant, dx, pixels, CI: tl.cons
                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """dx = sum of parts - (x - mean_x) correction - constant: what BN1's statistics take back, one narrow pass.
 
-    parts (PARTS, pixels, CI) in x's dtype. correction (CI, CI), in x's dtype, and constant (CI,) come from sums over all pixels (`compose`).
+    parts (PARTS, pixels, CI) and correction (CI, CI) in x's dtype, constant (CI,): from sums over all pixels
+    (gradients.py).
     """
     columns: tl.constexpr = (CI + BN - 1) // BN
     first = (tl.program_id(0) // columns).to(tl.int64) * BM
@@ -188,7 +189,7 @@ def finish_input(parts, x, mean_x, correction, constant, dx, pixels, CI: tl.cons
         acc = tl.dot(xt.to(x.dtype.element_ty), w, acc, input_precision=PRECISION)
     at = first * CI + (row * CI + o[None, :])
     value = -acc - tl.load(constant + o, mask=inside, other=0.0)[None, :]
-    for i in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         value += tl.load(parts + at, mask=live & inside[None, :], other=0.0).to(tl.float32)
         parts += pixels.to(tl.int64) * CI
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=live & inside[None, :])

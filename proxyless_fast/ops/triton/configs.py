@@ -13,7 +13,7 @@ import torch
 
 
 class Config(NamedTuple):
-    """tile: compile-time block sizes by the kernel's names for them; programs: about how many a reduction has in all."""
+    """tile: compile-time block sizes by the kernel's names for them. programs: about how many a reduction has."""
 
     tile: dict[str, int]
     warps: int

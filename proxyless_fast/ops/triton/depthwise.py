@@ -98,7 +98,8 @@ def depthwise_backward(dz, d, affine, norm, taps, e, de, partial, pixels, rows, 
     before = (first // area).to(tl.int64) * (out_height * out_width) * C
     dz += before
     d += before
-    e += first.to(tl.int64) * C
+    if partial is not None:
+        e += first.to(tl.int64) * C
     de += first.to(tl.int64) * C
     for start in range(0, count, BM):
         r = start + tl.arange(0, BM)

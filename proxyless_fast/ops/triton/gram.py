@@ -1,4 +1,4 @@
-"""Gram statistics: mean and covariance of x over its pixels, the batch norm after any 1x1 convolution of x in advance."""
+"""Gram statistics: mean and covariance of x over its pixels, from which BN1 is known before anything is expanded."""
 
 import triton
 import triton.language as tl

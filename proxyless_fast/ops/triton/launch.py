@@ -26,8 +26,8 @@ def precision(dtype: torch.dtype) -> str:
 def split(pixels: int, config: Config, columns: int = 1, least: int = 1) -> tuple[int, int]:
     """(rows, programs): each program reduces `rows` consecutive pixels, at least `least` of them.
 
-    columns: programs that share the same pixels; all together there are about `config.programs`. A function of the shape
-    and the table alone, so the order of summation, and every bit of the result, is too.
+    columns: programs that share the same pixels; all together there are about `config.programs`. A function of shape
+    and table alone, and so is the order of summation and every bit of the result.
     """
     block = config.tile["BM"]
     rows = max(-(-pixels * columns // config.programs), min(least, pixels))

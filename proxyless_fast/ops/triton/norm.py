@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def combine_moments(partial, c, inside, tiles, pixels, rows, STRIDE: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
                     BC: tl.constexpr):  # fmt: skip
-    """Mean and biased variance, float64 (BC,), of `tiles` partial moments (tiles, STRIDE / C, C) of `rows` rows each."""
+    """Mean and biased variance, float64 (BC,), of partial moments (tiles, STRIDE / C, C) of `rows` rows each."""
     total = tl.zeros((BC,), tl.float64)
     for start in range(0, tiles, BT):
         t = start + tl.arange(0, BT)
@@ -90,11 +90,11 @@ def finish_moments(partial, gamma, beta, statistics, norm, tiles, pixels, rows, 
 
 
 @triton.jit
-def finish_gradient(partial, norm, gradients, affine, tiles, pixels, TRAINING: tl.constexpr, C: tl.constexpr,
+def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAINING: tl.constexpr, C: tl.constexpr,
                     BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """A batch norm's backward from partial (tiles, 2, C): sums of g and of g (v - mean).
 
-    gradients, float32 (2, C): of gamma and beta. affine, float32 (3, C): p, r, t with
+    dgamma, dbeta: float32 (C,). affine, float32 (3, C): p, r, t with
     dv = p g + r (v - mean) + t.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -109,12 +109,12 @@ def finish_gradient(partial, norm, gradients, affine, tiles, pixels, TRAINING: t
         sum_gv += tl.sum(tl.load(at + C, mask=live, other=0.0).to(tl.float64), 0)
     inverse = tl.load(norm + C + c, mask=inside, other=0.0).to(tl.float64)
     scale = tl.load(norm + 2 * C + c, mask=inside, other=0.0).to(tl.float64)
-    dgamma = sum_gv * inverse
-    tl.store(gradients + c, dgamma.to(tl.float32), mask=inside)
-    tl.store(gradients + C + c, sum_g.to(tl.float32), mask=inside)
+    gain = sum_gv * inverse
+    tl.store(dgamma + c, gain.to(tl.float32), mask=inside)
+    tl.store(dbeta + c, sum_g.to(tl.float32), mask=inside)
     tl.store(affine + c, scale.to(tl.float32), mask=inside)
     if TRAINING:
-        tl.store(affine + C + c, (-scale * inverse * dgamma / pixels).to(tl.float32), mask=inside)
+        tl.store(affine + C + c, (-scale * inverse * gain / pixels).to(tl.float32), mask=inside)
         tl.store(affine + 2 * C + c, (-scale * sum_g / pixels).to(tl.float32), mask=inside)
     else:
         tl.store(affine + C + c, tl.zeros((BC,), tl.float32), mask=inside)

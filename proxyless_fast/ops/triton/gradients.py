@@ -1,0 +1,224 @@
+"""Backward of a whole MBConv: all gradients, or the input's alone (an arch step, whose weights are frozen)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backward as bw
+from . import depthwise as dw
+from . import launch, passes
+from . import norm as nm
+from .configs import padded
+from .passes import Block, depthwise, expand, finish_gradient, image_of, make_block, norm_of, rows_of, taps_of
+
+
+def mbconv_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    d: Tensor,
+    statistics: Tensor,
+    params: Sequence[Tensor],
+    mean: Tensor | None,
+    cov: Tensor | None,
+    stride: int,
+    activation: str,
+    training: bool,
+    eps: float,
+    input: bool,
+    weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """proxyless_fast::mbconv_backward: dx if `input`, and if `weights` the gradients of params in their order."""
+    block = make_block(x, [params], stride, activation)
+    g, y_rows = rows_of(grad.to(x.dtype)), rows_of(y)
+    stats = statistics.split([params[3 * i + 1].numel() for i in range(len(params) // 3) for _ in range(2)])
+    norm1 = None if block.w1 is None else norm_of(stats[0], stats[1], params[1], params[2], eps)
+    norm2 = norm_of(stats[-4], stats[-3], params[-5], params[-4], eps)
+    norm3 = norm_of(stats[-2], stats[-1], params[-2], params[-1], eps)
+    lean = d.numel() == 0
+    e = expand(block, norm1) if weights or lean else None
+    d_rows = depthwise(block, e, moments=False)[0] if lean and e is not None else rows_of(d)
+
+    third, affine3 = _norm3(block, g, y_rows, norm3, training)
+    dz, dwp, second, affine2 = _project(block, d_rows, g, y_rows, norm2, norm3, affine3, training, weights)
+    de, dtaps = _depthwise(block, dz, d_rows, affine2, norm2, e if weights else None, training)
+    del dz, e
+    first: list[Tensor] = []
+    dx = de if input else None
+    if norm1 is not None:
+        dx, first = _expand(block, de, norm1, mean, cov, training, input, weights)
+    result = block.empty(0) if dx is None else image_of(dx, *block.size[:3])
+    if dtaps is None or dwp is None:
+        return result, []
+    found = [*first, dtaps, *second, dwp, *third]
+    return result, [t.reshape(p.shape).to(p.dtype) for t, p in zip(found, params, strict=True)]
+
+
+Pair = tuple[Tensor, Tensor]  # gradients of a norm's gamma and beta
+
+
+def _norm3(block: Block, g: Tensor, y: Tensor, norm3: Tensor, training: bool) -> tuple[Pair, Tensor]:
+    co = g.shape[1]
+    cfg = launch.config("rows", g, co)
+    cfg = cfg._replace(tile=cfg.tile | {"BC": padded(co)})
+    rows, programs = launch.split(block.out_pixels, cfg)
+    partial = block.empty(programs, 2, co, dtype=torch.float32)
+    launch.run(nm.pair_sums, (programs,), cfg, g, y, norm3, partial, block.out_pixels, rows, C=co)
+    return finish_gradient(partial, block.out_pixels, norm3, training)
+
+
+def _project(
+    block: Block,
+    d: Tensor,
+    g: Tensor,
+    y: Tensor,
+    norm2: Tensor,
+    norm3: Tensor,
+    affine3: Tensor,
+    training: bool,
+    weights: bool,
+) -> tuple[Tensor, Tensor | None, Pair, Tensor]:
+    """dz, dWp if `weights`, BN2's gradients and its backward as an affine: one pass over d."""
+    co, ch = block.wp.shape
+    cfg = launch.config("project_backward", d, co, BC=ch)
+    columns = -(-ch // cfg.tile["BC"])
+    rows, programs = launch.split(block.out_pixels, cfg, columns, least=4 * co if weights else 1)
+    dz = torch.empty_like(d)
+    partial = block.empty(programs, 2, ch, dtype=torch.float32)
+    dwp = block.empty(programs, co, ch, dtype=torch.float32) if weights else None
+    launch.run(
+        bw.project_backward, (programs * columns,), cfg, d, norm2, g, y, affine3, norm3, block.wp, dz, partial, dwp,
+        block.out_pixels, rows, CH=ch, CO=co, ACT=block.activation, TRAINING=training,
+        PRECISION=launch.precision(d.dtype), BN=padded(co),
+    )  # fmt: skip
+    second, affine2 = finish_gradient(partial, block.out_pixels, norm2, training)
+    return dz, None if dwp is None else dwp.sum(0), second, affine2
+
+
+def _depthwise(
+    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor, e: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """de, and where e is given the gradient of the taps."""
+    ((_, k, taps),) = block.taps
+    if passes.stencils(dz, [k], block.stride):
+        return _depthwise_stencil(block, dz, d, affine2, norm2, e)
+    cfg = launch.config("depthwise_backward", dz, block.ch, BC=block.ch)
+    columns = -(-block.ch // cfg.tile["BC"])
+    de, partial = block.empty(block.pixels, block.ch), None
+    rows = cfg.tile["BM"]
+    programs = -(-block.pixels // rows)
+    if e is not None:
+        rows, programs = launch.split(block.pixels, cfg, columns, least=16 * k * k)
+        partial = block.empty(programs, k * k, block.ch, dtype=torch.float32)
+    launch.run(
+        dw.depthwise_backward, (programs, columns), cfg, dz, d, affine2, norm2, taps, e, de, partial, block.pixels,
+        rows, *block.size[1:], C=block.ch, K=k, STRIDE=block.stride, TRAINING=training, BT=padded(k * k),
+    )  # fmt: skip
+    return de, None if partial is None else partial.sum(0).t()
+
+
+def _depthwise_stencil(
+    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor, e: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    out, taps = (block.size[0], *block.size[3:]), taps_of(block)
+    affine = torch.stack([affine2[0], affine2[1], norm2[0], affine2[2]])
+    gradient = (image_of(dz, *out), image_of(d, *out), affine)
+    if e is None:  # of the input the stencil needs only the shape then
+        like = image_of(block.empty(block.pixels, block.ch), *block.size[:3])
+        q = torch.ops.proxyless_fast.depthwise_backward_input(*gradient, like, None, None, taps, block.stride, False)
+        return rows_of(q), None
+    q, dtaps = torch.ops.proxyless_fast.depthwise_backward(
+        *gradient, image_of(e, *block.size[:3]), None, None, taps, block.stride, False
+    )
+    return rows_of(q), dtaps
+
+
+def _expand(
+    block: Block,
+    de: Tensor,
+    norm1: Tensor,
+    mean: Tensor | None,
+    cov: Tensor | None,
+    training: bool,
+    input: bool,
+    weights: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx (rows) if `input`, and [dW1, dgamma1, dbeta1] if `weights`, from de."""
+    x, w1 = block.x, block.w1
+    assert w1 is not None
+    if training and (mean is None or cov is None):
+        raise ValueError("mbconv_backward: mean and cov of x are needed in training, got None")
+    ci = x.shape[1]
+    centre = torch.zeros(ci, device=x.device) if mean is None else mean.float()
+    shares, a, partial = _expand_passes(block, de, norm1, centre, input, weights)
+    (dgamma, dbeta), _ = finish_gradient(partial, block.pixels, norm1, training)
+
+    # What BN1's statistics add, in Ci x Ci matrices and float64 (the oracle's last lines, written about the mean of x).
+    w, scale, inverse = w1.double(), norm1[2].double(), norm1[1].double()
+    dg, db = dgamma.double(), dbeta.double()
+    dx = None
+    if input and shares is not None:
+        correction, constant = torch.zeros_like(w.t() @ w), torch.zeros_like(centre)
+        if training:
+            correction = (w * (scale * inverse * dg / block.pixels)[:, None]).t() @ w
+            constant = ((scale * db / block.pixels) @ w).float()
+        dx = torch.empty_like(x)
+        cfg = launch.config("finish_input", x, ci, BN=ci, BK=ci)
+        launch.run(
+            bw.finish_input, (-(-block.pixels // cfg.tile["BM"]) * -(-ci // cfg.tile["BN"]),), cfg, shares, x, centre,
+            correction.to(x.dtype), constant, dx, block.pixels, CI=ci, PARTS=shares.shape[0],
+            PRECISION=launch.precision(x.dtype),
+        )  # fmt: skip
+    if a is None:
+        return dx, []
+    total = a.sum(0, dtype=torch.float64)
+    if training and cov is not None:
+        total -= (dg * inverse)[:, None] * (w @ cov.double())
+    return dx, [scale[:, None] * total, dgamma, dbeta]
+
+
+def _expand_passes(
+    block: Block, de: Tensor, norm1: Tensor, centre: Tensor, input: bool, weights: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Shares of dX (shares, pixels, Ci), parts of A (parts, Ch, Ci), partial sums of q: one pass over de, or two."""
+    x, w1 = block.x, block.w1
+    assert w1 is not None
+    ch, ci = w1.shape
+    pixels, dtype = block.pixels, x.dtype
+    shared = {"CI": ci, "CH": ch, "ACT": block.activation, "PRECISION": launch.precision(dtype), "BI": padded(ci)}
+    cfg = launch.config("expand_once", de, ci, BC=ch)
+    # One pass for everything, unless the shares of dX, one for each group of channels, are more than de itself.
+    once = input and weights and 2 * ci <= cfg.tile["BC"]
+    # Without tensor cores a tile of a wide A does not fit into registers: q is left in memory for a library's product.
+    library = weights and not once and dtype == torch.float32 and ci > 64
+    shares = a = partial = None
+    if (input or library) and not once:
+        cfg = launch.config("expand_input", de, ci, BC=ch)
+        programs = -(-pixels // cfg.tile["BM"])
+        shares = block.empty(1, pixels, ci)
+        partial = block.empty(programs, 2, ch, dtype=torch.float32)
+        launch.run(
+            bw.expand_input, (programs,), cfg, de, x, w1, norm1, shares, partial, de if library else None, pixels,
+            **shared,
+        )  # fmt: skip
+    if library:
+        a = (de.t() @ (x - centre))[None]
+    elif weights:
+        cfg = cfg if once else launch.config("expand_weight", de, ci, BC=ch)
+        columns = -(-ch // cfg.tile["BC"])
+        rows, programs = launch.split(pixels, cfg, columns, least=4 * ci)
+        sums = None
+        if partial is None:
+            sums = partial = block.empty(programs, 2, ch, dtype=torch.float32)
+        if once:
+            shares = block.empty(columns, pixels, ci)
+        a = block.empty(programs, ch, ci, dtype=torch.float32)
+        launch.run(
+            bw.expand_backward, (programs * columns,), cfg, de, x, centre, w1, norm1, shares if once else None, sums, a,
+            pixels, rows, **shared,
+        )  # fmt: skip
+    assert partial is not None
+    return shares, a, partial
