@@ -174,6 +174,28 @@ def test_probe_of_several_candidates(workspace, training, monkeypatch):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
+def test_through_the_ops_of_the_cuda_stencils(shape, monkeypatch):
+    """What a GPU with the CUDA C++ part runs, its depthwise ops taken by ATen here."""
+    monkeypatch.setattr(passes, "stencils", lambda x, kernels, stride: len(set(kernels)) == 1)
+    check(*inputs(shape, torch.float32), shape, torch.float32, True, "fast")
+    x, grad, params = inputs(shape, torch.float32)
+    mean, cov = passes.gram_rows(passes.rows_of(x)) if len(params) == 9 else (None, None)
+    _, y, d, statistics = compose.mbconv(x, params, [], mean, cov, shape[6], shape[8], True, 1e-3, 2)
+    arguments = (grad, x, y, d, statistics, params, mean, cov, shape[6], shape[8], True, 1e-3)
+    alone, _ = compose.mbconv_backward(*arguments, True, False)
+    torch.testing.assert_close(alone, compose.mbconv_backward(*arguments, True, True)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_probes_by_kernel_size_where_the_stencils_run(monkeypatch):
+    shapes, x, grad, params = candidates()
+    arguments = (x, grad, [t for p in params for t in p], [], [9, 9, 9], None, None, 2, "relu6", True, 0.1, 1e-3)
+    expected = compose.mbconv_probe(*arguments)
+    monkeypatch.setattr(passes, "stencils", lambda x, kernels, stride: len(set(kernels)) == 1)
+    assert [[shapes[j][5] for j in group] for group in compose.probe_groups(x, params, 2)] == [[3, 3], [5]]
+    torch.testing.assert_close(compose.mbconv_probe(*arguments), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_the_same_bits_twice_and_nan_goes_through():
     x, grad, params = inputs(SHAPES[2], torch.float32)
     first, second = (ours(x, grad, params, SHAPES[2], True, "fast") for _ in range(2))

@@ -34,7 +34,8 @@ def _late(name: str):
     def call(*args):
         from . import compose
 
-        return getattr(compose, name)(*args)
+        with torch.autocast("cuda", enabled=False):  # the op has its own idea of what may be rounded
+            return getattr(compose, name)(*args)
 
     return call
 
