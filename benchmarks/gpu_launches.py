@@ -50,7 +50,7 @@ class Launch:
         return [a for a in self.args if isinstance(a, Tensor)]
 
     def source(self) -> ASTSource:
-        """As triton.jit would specialise it: absent tensors are constants, and alignment to 16 is known."""
+        """As triton.jit would specialise it: absent tensors and 1 are constants, and alignment to 16 is known."""
         names = self.kernel.arg_names
         values = dict(zip(names, self.args, strict=False)) | self.constants | self.config.tile
         signature, constants, attrs = {}, {}, {}
@@ -59,7 +59,7 @@ class Launch:
             if isinstance(value, Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
-            elif isinstance(value, int) and not isinstance(value, bool) and not self.kernel.params[i].is_constexpr:
+            elif isinstance(value, int) and value != 1 and not self.kernel.params[i].is_constexpr:
                 signature[name] = "i32"
                 aligned = value % 16 == 0
             else:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_model as model
 import gpu_table as table
+from gpu_launches import Shape, compile_launch, distinct, every_launch
 
 BATCH = 64
 
@@ -35,6 +36,13 @@ def test_every_kernel_compiles_and_nothing_spills_on_hopper(arch, dtype):
         assert code.shared <= limit, (launched.name, launched.config)
         if arch == 90:
             assert code.stack == 0, (launched.name, launched.config, launched.constants)
+
+
+def test_one_pixel_compiles(tmp_path):
+    # triton.jit makes a constant of an argument that is 1; the interpreter does not, so this is compiled.
+    launches = every_launch(1, torch.bfloat16, 90, [Shape(1, 8, 8, 1, 3, 1, 6)])
+    for launched in distinct(launches, lambda launched: (launched.name, tuple(a is None for a in launched.args))):
+        compile_launch(launched, 90, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from test_kernels import few_programs  # noqa: F401  (a fixture)
 
 from proxyless_fast.ops.mbconv import mbconv_reference
-from proxyless_fast.ops.triton import compose, passes
+from proxyless_fast.ops.triton import compose, gradients, passes
 
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
@@ -98,6 +98,11 @@ def test_training_in_half_precision(shape, dtype):
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]], ids=str)
 def test_reductions_over_several_programs_and_tiles(shape, few_programs):  # noqa: F811
     check(*inputs((4, *shape[1:]), torch.float32), (4, *shape[1:]), torch.float32, True, "lean")
+
+
+def test_more_outputs_than_one_program_holds(monkeypatch):
+    monkeypatch.setattr(gradients, "MOST_OUTPUTS", 16)
+    check(*inputs(SHAPES[2], torch.float32), SHAPES[2], torch.float32, True, "fast")
 
 
 def test_far_mean():

@@ -12,17 +12,18 @@ from .common import activate, load_norm, through
 
 @triton.jit
 def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dweight, pixels, rows, CH: tl.constexpr,
-                     CO: tl.constexpr, ACT: tl.constexpr, TRAINING: tl.constexpr, PRECISION: tl.constexpr,
-                     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                     CO: tl.constexpr, ACT: tl.constexpr, TRAINING: tl.constexpr, FIRST: tl.constexpr,
+                     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """dz = (dY Wp) act'(BN2(d)) with dY = p G + r (y - mean) + t, all from one read of d.
 
-    partial (programs, 2, CH): sums of dz and of dz (d - mean). dweight, where it is given, (programs, CO, CH): dY^T h
-    over `rows` pixels each. BN covers all of CO.
+    BN output channels from FIRST on. dz, and partial (programs, 2, CH), sums of dz and of dz (d - mean), are given
+    together, and then BN covers all of CO. dweight, where it is given: (programs, output channels, CH), dY^T h over
+    `rows` pixels each.
     """
     columns: tl.constexpr = (CH + BC - 1) // BC
     program = tl.program_id(0) // columns
     c = (tl.program_id(0) % columns) * BC + tl.arange(0, BC)
-    o = tl.arange(0, BN)
+    o = FIRST + tl.arange(0, BN)
     inside, inside_o = c < CH, o < CO
     m2, s2, b2 = load_norm(norm2, c, inside, CH)
     p = tl.load(affine3 + o, mask=inside_o, other=0.0)
@@ -36,7 +37,8 @@ def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dwe
     count = tl.minimum(rows, pixels - program * rows)
     first = program.to(tl.int64) * rows
     d += first * CH
-    dz += first * CH
+    if dz is not None:
+        dz += first * CH
     grad += first * CO
     y += first * CO
     for start in range(0, count, BM):
@@ -55,15 +57,18 @@ def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dwe
         if dweight is not None:
             h = activate(z, ACT).to(d.dtype.element_ty)  # pixels that are not live meet dY = 0
             dw = tl.dot(h, dy, dw, input_precision=PRECISION)
-        dzt = through(tl.dot(w, tl.trans(dy), input_precision=PRECISION), z, ACT).to(dz.dtype.element_ty)
-        tl.store(dz + at, dzt, mask=wide)
-        rounded = dzt.to(tl.float32)
-        sum_dz += tl.sum(rounded, 1)
-        sum_dzd += tl.sum(rounded * v, 1)
-    tl.store(partial + program * 2 * CH + c, sum_dz, mask=inside)
-    tl.store(partial + program * 2 * CH + CH + c, sum_dzd, mask=inside)
+        if dz is not None:
+            dzt = through(tl.dot(w, tl.trans(dy), input_precision=PRECISION), z, ACT).to(dz.dtype.element_ty)
+            tl.store(dz + at, dzt, mask=wide)
+            rounded = dzt.to(tl.float32)
+            sum_dz += tl.sum(rounded, 1)
+            sum_dzd += tl.sum(rounded * v, 1)
+    if dz is not None:
+        tl.store(partial + program * 2 * CH + c, sum_dz, mask=inside)
+        tl.store(partial + program * 2 * CH + CH + c, sum_dzd, mask=inside)
     if dweight is not None:
-        at = dweight + program * (CO * CH) + o[None, :] * CH + c[:, None]
+        share: tl.constexpr = CO - FIRST if CO - FIRST < BN else BN
+        at = dweight + program * (share * CH) + (o - FIRST)[None, :] * CH + c[:, None]
         tl.store(at, dw, mask=inside_o[None, :] & inside[:, None])
 
 
@@ -191,5 +196,5 @@ def finish_input(parts, x, mean_x, correction, constant, dx, pixels, CI: tl.cons
     value = -acc - tl.load(constant + o, mask=inside, other=0.0)[None, :]
     for _ in tl.static_range(PARTS):
         value += tl.load(parts + at, mask=live & inside[None, :], other=0.0).to(tl.float32)
-        parts += pixels.to(tl.int64) * CI
+        parts += tl.cast(pixels, tl.int64) * CI
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=live & inside[None, :])

@@ -42,7 +42,7 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
         "float": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
     },
     "depthwise_backward": {
-        "half": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
+        "half": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
         "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
     },
     "project": {
@@ -62,7 +62,6 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
             (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
         ],
         "float": [
-            (64, Config({"BM": 32, "BC": 32}, 4, 2)),
             (128, Config({"BM": 32, "BC": 32}, 8, 2)),
             (256, Config({"BM": 16, "BC": 32}, 8, 1)),
             (WIDE, Config({"BM": 16, "BC": 16}, 8, 1)),
@@ -100,8 +99,16 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
     },
 }
 
-# Where Ampere differs: less shared memory, and products that read both operands from registers.
-_AMPERE: dict[str, dict[str, list[tuple[int, Config]]]] = {}
+# Where Ampere differs: its products keep more in registers.
+_AMPERE: dict[str, dict[str, list[tuple[int, Config]]]] = {
+    "project_backward": {
+        "half": [
+            (128, Config({"BM": 64, "BC": 64}, 8, 2)),
+            (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
+        ],
+        "float": _HOPPER["project_backward"]["float"],
+    },
+}
 
 TABLE = {80: _HOPPER | _AMPERE, 90: _HOPPER}
 

@@ -70,6 +70,10 @@ def _norm3(block: Block, g: Tensor, y: Tensor, norm3: Tensor, training: bool) ->
     return finish_gradient(partial, block.out_pixels, norm3, training)
 
 
+# Output channels whose share of dWp fits into a program's registers beside dz; with more, dWp has launches of its own.
+MOST_OUTPUTS = 256
+
+
 def _project(
     block: Block,
     d: Tensor,
@@ -83,19 +87,30 @@ def _project(
 ) -> tuple[Tensor, Tensor | None, Pair, Tensor]:
     """dz, dWp if `weights`, BN2's gradients and its backward as an affine: one pass over d."""
     co, ch = block.wp.shape
-    cfg = launch.config("project_backward", d, co, BC=ch)
-    columns = -(-ch // cfg.tile["BC"])
-    rows, programs = launch.split(block.out_pixels, cfg, columns, least=4 * co if weights else 1)
     dz = torch.empty_like(d)
-    partial = block.empty(programs, 2, ch, dtype=torch.float32)
-    dwp = block.empty(programs, co, ch, dtype=torch.float32) if weights else None
-    launch.run(
-        bw.project_backward, (programs * columns,), cfg, d, norm2, g, y, affine3, norm3, block.wp, dz, partial, dwp,
-        block.out_pixels, rows, CH=ch, CO=co, ACT=block.activation, TRAINING=training,
-        PRECISION=launch.precision(d.dtype), BN=padded(co),
-    )  # fmt: skip
+
+    def run(with_dz: bool, with_weights: bool, first: int, channels: int) -> tuple[Tensor | None, Tensor | None]:
+        cfg = launch.config("project_backward", d, channels, BC=ch)
+        columns = -(-ch // cfg.tile["BC"])
+        rows, programs = launch.split(block.out_pixels, cfg, columns, least=4 * co if with_weights else 1)
+        partial = block.empty(programs, 2, ch, dtype=torch.float32) if with_dz else None
+        parts = block.empty(programs, channels, ch, dtype=torch.float32) if with_weights else None
+        launch.run(
+            bw.project_backward, (programs * columns,), cfg, d, norm2, g, y, affine3, norm3, block.wp,
+            dz if with_dz else None, partial, parts, block.out_pixels, rows, CH=ch, CO=co, ACT=block.activation,
+            TRAINING=training, FIRST=first, PRECISION=launch.precision(d.dtype), BN=padded(channels),
+        )  # fmt: skip
+        return partial, None if parts is None else parts.sum(0)
+
+    together = weights and co <= MOST_OUTPUTS
+    partial, dwp = run(True, together, 0, co)
+    if weights and not together:
+        firsts = range(0, co, MOST_OUTPUTS)
+        shares = [run(False, True, first, min(MOST_OUTPUTS, co - first))[1] for first in firsts]
+        dwp = torch.cat([share for share in shares if share is not None])
+    assert partial is not None
     second, affine2 = finish_gradient(partial, block.out_pixels, norm2, training)
-    return dz, None if dwp is None else dwp.sum(0), second, affine2
+    return dz, dwp, second, affine2
 
 
 def _depthwise(
