@@ -201,7 +201,7 @@ class Row:
     """Means over the candidates of a layer, each taken as the active one."""
 
     layer: str
-    bytes: dict[tuple[str, str], float]  # (step, "eager" | "fast" | "lean")
+    bytes: dict[tuple[str, str], float]  # (step, "eager" | "out of place" | "fast" | "lean")
     flops: dict[tuple[str, str], float]
     seconds: dict[tuple[str, str, str], float]  # (step, who, card)
     kept: dict[str, float]
@@ -217,6 +217,8 @@ def row(shape: Shape, dtype: torch.dtype) -> Row:
             passes = [p for ps in counted for p in ps]
             bytes_[step, who] = sum(p.bytes for p in passes) / n
             flops[step, who] = sum(p.flops for p in passes) / n
+            if who == "eager":
+                bytes_[step, "out of place"] = sum(p.bytes for p in passes if p.name != "clone") / n
             for card in CARDS:
                 seconds[step, who, card.name] = sum(p.seconds(card, dtype) for p in passes) / n
     for who in ("eager", "fast", "lean"):
@@ -231,8 +233,9 @@ def rows(batch: int, dtype: torch.dtype) -> list[Row]:
     return [known.setdefault(s, None) or known.__setitem__(s, row(s, dtype)) or known[s] for s in imagenet(batch)]
 
 
-def ratio(counted: list[Row], step: str, who: str) -> float:
-    return sum(r.bytes[step, who] for r in counted) / sum(r.bytes[step, "eager"] for r in counted)
+def ratio(counted: list[Row], step: str, who: str, peer: str = "eager") -> float:
+    """Bytes of a step over all layers, of the peer's; "out of place" is eager without the clones of in-place ReLU6."""
+    return sum(r.bytes[step, who] for r in counted) / sum(r.bytes[step, peer] for r in counted)
 
 
 def kept_ratio(counted: list[Row], who: str) -> float:

@@ -100,8 +100,9 @@ def model_table(dtype_name: str) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| all 21 layers, of eager's | fast | lean |", "|---|---|---|"]
     for step in ("weight", "arch"):
-        cells = " | ".join(f"{model.ratio(rows, step, who):.3f}" for who in ("fast", "lean"))
-        lines.append(f"| bytes of {'a weight' if step == 'weight' else 'an arch'} step | {cells} |")
+        for peer, words in (("eager", ""), ("out of place", ", eager's ReLU6 out of place")):
+            cells = " | ".join(f"{model.ratio(rows, step, who, peer):.3f}" for who in ("fast", "lean"))
+            lines.append(f"| bytes of {'a weight' if step == 'weight' else 'an arch'} step{words} | {cells} |")
     lines.append(
         "| kept for backward | " + " | ".join(f"{model.kept_ratio(rows, w):.3f}" for w in ("fast", "lean")) + " |"
     )
