@@ -89,15 +89,20 @@ def test_training_in_float32(shape):
     check(*inputs(shape, torch.float32), shape, torch.float32, True, "fast")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[5]], ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [(SHAPES[0], torch.bfloat16), (SHAPES[2], torch.bfloat16), (SHAPES[5], torch.bfloat16)]
+    + [(SHAPES[0], torch.float16), (SHAPES[2], torch.float16)],
+    ids=str,
+)
 def test_training_in_half_precision(shape, dtype):
     check(*inputs(shape, dtype), shape, dtype, True, "lean")
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]], ids=str)
 def test_reductions_over_several_programs_and_tiles(shape, few_programs):  # noqa: F811
-    check(*inputs((4, *shape[1:]), torch.float32), (4, *shape[1:]), torch.float32, True, "lean")
+    shape = (2, *shape[1:])
+    check(*inputs(shape, torch.float32), shape, torch.float32, True, "lean")
 
 
 def test_more_outputs_than_one_program_holds(monkeypatch):

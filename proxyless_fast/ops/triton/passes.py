@@ -65,11 +65,11 @@ def make_block(x: Tensor, params: Sequence[Sequence[Tensor]], stride: int, activ
     dtype = x.dtype
     has_expand = len(params[0]) == 9
     side_by_side = (lambda ts, dim: ts[0]) if len(params) == 1 else torch.cat
-    w1 = side_by_side([p[0].flatten(1).to(dtype) for p in params], 0) if has_expand else None
-    wp = side_by_side([p[-3].flatten(1).to(dtype) for p in params], 1)
+    w1 = side_by_side([p[0].flatten(1).to(dtype) for p in params], 0).contiguous() if has_expand else None
+    wp = side_by_side([p[-3].flatten(1).to(dtype) for p in params], 1).contiguous()
     taps, first = [], 0
     for p in params:
-        taps.append((first, p[-6].shape[-1], p[-6]))
+        taps.append((first, p[-6].shape[-1], p[-6].contiguous()))
         first += p[-6].shape[0]
     return Block(rows_of(x), (batch, height, width, ho, wo), w1, taps, wp, first, stride, activation)
 
