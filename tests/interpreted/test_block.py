@@ -91,8 +91,13 @@ def test_training_in_float32(shape):
 
 @pytest.mark.parametrize(
     "shape, dtype",
-    [(SHAPES[0], torch.bfloat16), (SHAPES[2], torch.bfloat16), (SHAPES[5], torch.bfloat16)]
-    + [(SHAPES[0], torch.float16), (SHAPES[2], torch.float16)],
+    [
+        (SHAPES[0], torch.bfloat16),
+        (SHAPES[2], torch.bfloat16),
+        (SHAPES[5], torch.bfloat16),
+        (SHAPES[0], torch.float16),
+        (SHAPES[2], torch.float16),
+    ],
     ids=str,
 )
 def test_training_in_half_precision(shape, dtype):
