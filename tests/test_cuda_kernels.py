@@ -173,7 +173,7 @@ def test_tilings_fit_every_shape():
         assert tiling.width * tiling.across >= columns > tiling.width * (tiling.across - 1)
         assert tiling.width % strip == 0
         assert not backward or tiling.height % stride == tiling.width % stride == 0
-        assert tiling.threads % 32 == 0 and tiling.threads <= 256 and tiling.shared_bytes <= 48 * 1024
+        assert tiling.threads % 32 == 0 and 128 <= tiling.threads <= 224 and tiling.shared_bytes <= 48 * 1024
         assert tiling.threads >= quads * max(tiling.height * tiling.width // strip, kernel)
         assert tiling.chunks * quads * 4 >= channels > (tiling.chunks - 1) * quads * 4
         assert 1 <= tiling.groups <= batch * tiling.down * tiling.across
@@ -189,4 +189,4 @@ def test_machine_code_has_no_spills(architecture):
     for kernel, tiling, blocks in kernels:
         assert kernel.spills == 0 and kernel.stack == 0, kernel
         # One block computes while another waits for its tile.
-        assert blocks >= 2 and blocks * tiling.threads >= 384, (kernel, tiling)
+        assert blocks >= 2, (kernel, tiling)

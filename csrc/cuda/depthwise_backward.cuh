@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backw
                  affine[3 * channels + c];
         });
     }
-    // e of this thread's strip goes to shared memory; of u only the mask is kept.
+    // e of this thread's strip goes to shared memory; of u only the mask is kept. Eight loads at once would spill.
     uint32_t open = 0;
     if (row < tiling.height) {
-#pragma unroll
+#pragma unroll 4
       for (int r = 0; r < strip; ++r) {
         Vector<T, quad> e;
 #pragma unroll

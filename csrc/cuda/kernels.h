@@ -26,7 +26,9 @@ struct Tiling {
 
 inline constexpr int chunk_bytes = 64;  // of channels per pixel in a tile: two sectors of memory
 inline constexpr int quad = 4;          // channels a thread works on
-inline constexpr int max_threads = 256;
+// Of a block: with two blocks a multiprocessor, 144 registers a thread. Fewer than the least would load tiles too
+// slowly.
+inline constexpr int least_threads = 128, max_threads = 224;
 // Columns a thread works on. Every width of the 224 x 224 and 28 x 28 spaces is a multiple of 7; the backward of stride
 // 2 needs an even number.
 inline constexpr int forward_strip = 7;

@@ -1,4 +1,4 @@
-// The shape of a tile: least memory traffic within 48 KB of shared memory and 256 threads.
+// The shape of a tile: least memory traffic within 48 KB of shared memory and max_threads.
 #include <algorithm>
 
 #include "cuda/kernels.h"
@@ -30,7 +30,7 @@ Tiling choose(const Depthwise& s, int rows, int columns, int strip, int row_step
     if (strips > 1 && width / 2 >= columns) break;
     for (int height = row_step; height * strips * quads <= max_threads && height < rows + row_step;
          height += row_step) {
-      const int threads = std::max(divide_up(height * strips * quads, 32), divide_up(s.kernel * quads, 32)) * 32;
+      const int threads = std::max(divide_up(height * strips * quads, 32) * 32, least_threads);
       const Cost cost = cost_of(height, width, threads);
       if (cost.shared_bytes > shared_limit) break;
       const int down = divide_up(rows, height), across = divide_up(columns, width);

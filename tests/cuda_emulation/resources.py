@@ -66,9 +66,9 @@ def parse(report: str) -> list[Kernel]:
 
 
 def resident_blocks(architecture: int, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks of one kernel that a multiprocessor holds: registers are given out 8 a thread, 256 a warp."""
+    """Blocks of one kernel that a multiprocessor holds: each of its four parts has 16384 registers for whole warps."""
     warps = threads // 32
-    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // warps
+    by_registers = 4 * (16384 // (-(-registers // 8) * 8 * 32)) // warps
     by_shared = SHARED[architecture] * 1024 // (shared_bytes + 1024)
     return min(by_registers, by_shared, 64 // warps, 32)
 
