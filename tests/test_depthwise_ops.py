@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import proxyless_fast as pf
 from proxyless_fast.ops import (
     bn_affine,
     depthwise_backward,
@@ -15,6 +16,8 @@ from proxyless_fast.ops import (
 )
 
 ops = torch.ops.proxyless_fast
+# On a GPU the same tests run the kernels of csrc/cuda; without one they are emulated by test_cuda_kernels.py.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and pf.build_info()["cuda"] else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # batch, channels, height, width, kernel, stride
 SHAPES = [
@@ -28,14 +31,14 @@ SHAPES = [
 ]
 
 
-def sample(shape, dtype=torch.float32, prologue=True):
+def sample(shape, dtype=torch.float32, prologue=True, device="cpu"):
     """Every tensor of the ops for one shape: (x, weight, scale, shift), stride, (dz, d, affine)."""
     b, c, h, w, k, stride = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(sum(shape))
 
     def randn(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device)
 
     x = (2 * randn(b, c, h, w) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
     scale, shift = (randn(c).abs() + 0.5).to(wide), randn(c).to(wide)
@@ -60,11 +63,12 @@ def eager_forward(x, weight, scale, shift, stride):
     return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("prologue", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_is_as_exact_as_eager(shape, dtype, prologue):
-    tensors, stride, _ = sample(shape, dtype, prologue)
+def test_forward_is_as_exact_as_eager(shape, dtype, prologue, device):
+    tensors, stride, _ = sample(shape, dtype, prologue, device)
     truth, mean, var = depthwise_forward_reference(*double(tensors), stride)
     d, our_mean, our_var = depthwise_forward(*tensors, stride)
     assert d.dtype == dtype and d.is_contiguous(memory_format=torch.channels_last)
@@ -79,11 +83,12 @@ def test_forward_is_as_exact_as_eager(shape, dtype, prologue):
     assert ((our_var - var).abs() <= 16 * floor * size.square()).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("prologue", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward(shape, dtype, prologue):
-    tensors, stride, gradient = sample(shape, dtype, prologue)
+def test_backward(shape, dtype, prologue, device):
+    tensors, stride, gradient = sample(shape, dtype, prologue, device)
     x, weight, scale, shift = tensors
     for dz, d, affine in (gradient, (gradient[0], None, None)):
         for mask in (True, False):
@@ -129,10 +134,11 @@ def test_gradcheck(shape, prologue):
     assert torch.autograd.gradcheck(lambda *t: depthwise_forward(*t, stride)[1:], weights_only)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_opcheck(shape, dtype):
-    tensors, stride, gradient = sample(shape, dtype)
+def test_opcheck(shape, dtype, device):
+    tensors, stride, gradient = sample(shape, dtype, device=device)
     backward = (*gradient, tensors[0], *tensors[2:], tensors[1], stride)
     leaves = [t.detach().requires_grad_() for t in tensors]
     torch.library.opcheck(ops.depthwise_forward.default, (*leaves, stride))
@@ -141,9 +147,10 @@ def test_opcheck(shape, dtype):
     torch.library.opcheck(ops.depthwise_backward_weight.default, backward)
 
 
-def test_layouts():
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts(device):
     """Sliced and NCHW inputs give what channels-last ones give."""
-    tensors, stride, (dz, d, affine) = sample((2, 24, 9, 9, 5, 2))
+    tensors, stride, (dz, d, affine) = sample((2, 24, 9, 9, 5, 2), device=device)
     x, weight, scale, shift = tensors
     wide = torch.cat([x, x, x], 1)
     forward = depthwise_forward(*tensors, stride)
@@ -156,8 +163,9 @@ def test_layouts():
             torch.testing.assert_close(value, first)
 
 
-def test_weights_in_float32_beside_half_inputs():
-    (x, weight, scale, shift), stride, (dz, _, _) = sample((1, 33, 8, 11, 7, 1), torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_in_float32_beside_half_inputs(device):
+    (x, weight, scale, shift), stride, (dz, _, _) = sample((1, 33, 8, 11, 7, 1), torch.bfloat16, device=device)
     d, _, _ = depthwise_forward(x, weight.float(), scale, shift, stride)
     assert torch.equal(d, depthwise_forward(x, weight, scale, shift, stride)[0])
     _, dw = depthwise_backward(dz, None, None, x, scale, shift, weight.float(), stride)

@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backw
                  affine[3 * channels + c];
         });
     }
-    // e of this thread's strip goes to shared memory; of u only the mask is kept. Eight loads at once would spill.
-    uint32_t open = 0;
-    if (row < tiling.height) {
-#pragma unroll 4
+    // e of this thread's strip goes to shared memory; of u only the mask is kept. All loads at once would spill.
+    uint32_t open = p.mask ? 0u : ~0u;
+    if (row < tiling.height && (p.mask || p.partial != nullptr)) {
+#pragma unroll 2
       for (int r = 0; r < strip; ++r) {
         Vector<T, quad> e;
 #pragma unroll
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backw
               u = prologue[4 * channels + mine + i] * u + prologue[5 * channels + mine + i];
               narrow(relu6(u), e.v[i]);
             }
-            if (!p.mask || (u > A(0) && u < A(6))) open |= 1u << (r * quad + i);
+            if (u > A(0) && u < A(6)) open |= 1u << (r * quad + i);
           }
         }
         write(inputs + (row * tiling.width + column + r) * channels + mine, e);

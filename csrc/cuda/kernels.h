@@ -51,8 +51,8 @@ struct Backward {
   Depthwise shape;
   Tiling tiling;
   const void *dz, *d, *affine, *x, *scale, *shift, *weight;
-  void *q, *partial, *dw;  // q or partial and dw may be null; partial: (groups, kernel * kernel, channels)
-  bool mask, wide_weight, vectors;
+  void *q, *partial, *dw;           // q or partial and dw may be null; partial: (groups, kernel * kernel, channels)
+  bool mask, wide_weight, vectors;  // x is read for mask and for dw only
 };
 
 // Both passes of each; errors stay in cudaGetLastError.

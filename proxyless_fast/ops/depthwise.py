@@ -112,7 +112,7 @@ def depthwise_backward_input(
     stride: int = 1,
     mask: bool = True,
 ) -> Tensor:
-    """q of `depthwise_backward` alone: what an arch step needs, where weights are frozen."""
+    """q of `depthwise_backward` alone: what an arch step needs. Without mask only the shape of x is used."""
     return torch.ops.proxyless_fast.depthwise_backward_input(dz, d, affine, x, scale, shift, weight, stride, mask)
 
 
