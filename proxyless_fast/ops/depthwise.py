@@ -12,6 +12,7 @@ On CUDA the kernels of csrc/cuda run, where they are built; elsewhere ATen calls
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def _accumulate(x: Tensor) -> torch.dtype:
@@ -56,8 +57,8 @@ def depthwise_backward_reference(
         a = affine[:, :, None, None]
         dd = a[0] * dd + a[1] * (d.to(e.dtype) - a[2]) + a[3]
     options = {"stride": stride, "padding": weight.shape[-1] // 2, "groups": x.shape[1]}
-    q = torch.nn.grad.conv2d_input(e.shape, w, dd, **options)
-    dw = torch.nn.grad.conv2d_weight(e, w.shape, dd, **options)
+    q = conv2d_input(e.shape, w, dd, **options)
+    dw = conv2d_weight(e, w.shape, dd, **options)
     if mask:
         q = q * ((u > 0) & (u < 6))
     return q.to(x.dtype), dw.to(weight.dtype)
