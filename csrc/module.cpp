@@ -21,6 +21,11 @@ PYBIND11_MODULE(_C, m) {
         sets.append("avx512");
 #endif
         info["instruction_sets"] = sets;
+#ifdef _OPENMP
+        info["openmp"] = true;  // otherwise at::parallel_for is a plain loop
+#else
+        info["openmp"] = false;
+#endif
 #ifdef PF_HAVE_CUDA
         info["cuda"] = true;
 #else
@@ -28,5 +33,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
       },
-      "What was built: torch version, compiler, instruction sets, CUDA.");
+      "What was built: torch version, compiler, instruction sets, OpenMP, CUDA.");
 }

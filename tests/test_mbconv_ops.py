@@ -312,6 +312,11 @@ def test_each_instruction_set(isa):
     )  # fmt: skip
 
 
+def test_kernels_share_out_their_work():
+    """Host code compiled without OpenMP would run every at::parallel_for on one thread, with the same results."""
+    assert pf.build_info()["openmp"] == torch.backends.openmp.is_available()
+
+
 def test_wrong_arguments_are_named():
     x, params, running, grad = SAMPLES[0].tensors(torch.float32)
     with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
