@@ -4,12 +4,13 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help search test bench lint format clean
+.PHONY: help search test bench bench-gpu lint format clean
 
 help:
 	@echo "make search   search, derive, train and export a network for this machine (ARGS=... are passed on)"
 	@echo "make test     every test"
 	@echo "make bench    memory and speed, as ratios within one run"
+	@echo "make bench-gpu correctness and speed on a GPU (exit code 2 without one)"
 	@echo "make lint     ruff, mypy, clang-format (make format applies what can be applied)"
 	@echo "make clean    remove what was built; .venv and runs/ stay"
 
@@ -31,7 +32,10 @@ test: .venv/built
 	@$(BIN)/pytest $(ARGS)
 
 bench: .venv/built
-	@$(BIN)/proxyless-fast bench $(ARGS)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-gpu: .venv/built
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: .venv/built
 	@$(BIN)/ruff check .

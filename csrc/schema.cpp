@@ -17,7 +17,8 @@ TORCH_LIBRARY(proxyless_fast, m) {
       "Tensor? cov, int stride, str activation, bool training, float eps, bool input, bool weights) -> "
       "(Tensor dx, Tensor[] dparams)");
   m.def(
-      "mbconv_probe(Tensor x, Tensor grad, Tensor[] params, Tensor(a!)[] running, int[] sizes, Tensor? mean, Tensor? cov, "
+      "mbconv_probe(Tensor x, Tensor grad, Tensor[] params, Tensor(a!)[] running, int[] sizes, Tensor? mean, Tensor? "
+      "cov, "
       "int stride, str activation, bool training, float momentum, float eps) -> Tensor");
 
   // statistics: mean and variance in use, one after the other, float64; running: both, read only if not training.
@@ -28,8 +29,7 @@ TORCH_LIBRARY(proxyless_fast, m) {
       "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor statistics, str activation, "
       "bool training, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  m.def(
-      "update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
+  m.def("update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
 
   // Depthwise convolution with batch-norm prologues: depthwise.cpp for every device, cuda/ where it is built.
   m.def(

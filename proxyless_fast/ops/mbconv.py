@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton as gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
 from .statistics import gram as gram_of
 
 _ACTIVATIONS = {
@@ -72,12 +73,15 @@ def can_run_mbconv(
     x: Tensor, params: Sequence[Tensor], *, stride: int = 1, activation: str = "relu6"
 ) -> tuple[bool, str]:
     """Whether the fused path takes these arguments: (True, "") or (False, why not, in words)."""
-    if x.device.type != "cpu":
-        return False, f"x is on {x.device.type}, and the fused kernels run on the CPU"
-    if x.dtype not in (torch.float32, torch.float64):
-        return False, f"x is {x.dtype}, and the fused kernels take float32 and float64"
-    if any(p.dtype != x.dtype for p in params):
-        return False, f"a parameter has another dtype than x, {x.dtype}"
+    if x.device.type not in ("cpu", "cuda"):
+        return False, f"x is on {x.device.type}, and the fused kernels run on CPU and CUDA devices"
+    if x.device.type == "cpu":
+        if x.dtype not in (torch.float32, torch.float64):
+            return False, f"x is {x.dtype}, and the fused kernels take float32 and float64"
+        if any(p.dtype != x.dtype for p in params):
+            return False, f"a parameter has another dtype than x, {x.dtype}"
+        if torch.is_autocast_enabled("cpu"):
+            return False, "autocast is on, and the fused kernels would not see its lower precision"
     if x.dim() != 4 or x.numel() == 0:
         return (
             False,
@@ -97,9 +101,16 @@ def can_run_mbconv(
         return False, "the middle convolution is not depthwise, or the last is not 1x1 on its channels"
     if params[0].shape[1:] != (x.shape[1], 1, 1) if len(params) == 9 else channels != x.shape[1]:
         return False, f"the first convolution does not take the {x.shape[1]} channels of x"
-    if torch.is_autocast_enabled("cpu"):
-        return False, "autocast is on, and the fused kernels would not see its lower precision"
+    if x.device.type == "cuda":
+        return gpu.can_run(_autocast(x), x.shape[1], params[-3].shape[0], activation)
     return True, ""
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as a convolution on its device would take it: on a GPU under autocast, in autocast's dtype."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype.is_floating_point and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
 
 
 def mbconv(
@@ -117,7 +128,8 @@ def mbconv(
 ) -> Tensor:
     """A whole MBConv block, (B, Ci, H, W) -> (B, Co, ceil(H / stride), ceil(W / stride)), channels-last.
 
-    x: float32 or float64, any memory format (channels-last is read as it is). `training` norms by the batch and moves
+    x: float32 or float64 (on a GPU also half precision), any memory format (channels-last is read as it is).
+    `training` norms by the batch and moves
     `running`, if given, by `momentum` (the variance unbiased, as torch does); otherwise `running` norms, and gradients
     flow as through a frozen norm. policy: "fast" keeps the depthwise output for backward, "lean" recomputes it.
     gram: (mean, covariance) of x from `ops.gram`, if the caller has them, to share among the candidates of a layer.
@@ -126,6 +138,7 @@ def mbconv(
     """
     if policy not in _KEEP:
         raise ValueError(f"policy must be one of {', '.join(_KEEP)}, got {policy!r}")
+    x = _autocast(x)
     mean, cov = _statistics(x, gram, training and len(params) == 9)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     out, _, _, statistics = torch.ops.proxyless_fast.mbconv(
@@ -156,6 +169,7 @@ def probe(
     params[j], running[j]: of candidate j, as for `mbconv`, whose other arguments mean the same here. Running statistics
     move as if each candidate had run. One wide workspace serves all candidates. No autograd.
     """
+    x = _autocast(x)
     needs_gram = training and any(len(p) == 9 for p in params)
     mean, cov = _statistics(x, gram, needs_gram)
     with torch.no_grad():
@@ -182,7 +196,11 @@ def _(x, params, running, mean, cov, stride, activation, training, eps, keep):
     pixels = shape[0] * shape[2] * shape[3]
     out = x.new_empty(shape).to(memory_format=torch.channels_last)
     y = x.new_empty(shape).to(memory_format=torch.channels_last) if keep >= 1 else x.new_empty(0)
-    d = x.new_empty((wide + 15) // 16, pixels, 16) if keep == 2 else x.new_empty(0)
+    d = x.new_empty(0)
+    if keep == 2 and x.is_cuda:
+        d = x.new_empty((batch, wide, *shape[2:])).to(memory_format=torch.channels_last)
+    elif keep == 2:
+        d = x.new_empty((wide + 15) // 16, pixels, 16)
     norms = wide * (len(params) // 3 - 1) + narrow
     return out, y, d, x.new_empty(2 * norms, dtype=torch.float64)
 
@@ -195,7 +213,7 @@ def _(grad, x, y, d, statistics, params, mean, cov, stride, activation, training
 
 @torch.library.register_fake("proxyless_fast::mbconv_probe")
 def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, momentum, eps):
-    return x.new_empty(len(sizes))
+    return x.new_empty(len(sizes), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.register_fake("proxyless_fast::update_running")

@@ -41,8 +41,8 @@ def gate_dot(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.register_fake("proxyless_fast::gram")
 def _(x):
-    channels = x.shape[1]
-    return x.new_empty(channels), x.new_empty(channels, channels)
+    channels, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(channels, dtype=dtype), x.new_empty(channels, channels, dtype=dtype)
 
 
 @torch.library.register_fake("proxyless_fast::gate_dot")
