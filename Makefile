@@ -32,7 +32,7 @@ test: .venv/built
 	@$(BIN)/pytest $(ARGS)
 
 bench: .venv/built
-	@$(BIN)/python -m benchmarks.run $(ARGS)
+	@$(BIN)/proxyless-fast bench $(ARGS)
 
 bench-gpu: .venv/built
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)

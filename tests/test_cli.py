@@ -257,3 +257,16 @@ def test_block_lines():
     )
     assert first.endswith("███████░░░ 0.72") and second.endswith("██████████ 1.00")
     assert first.index("█") == second.index("█")
+
+
+def test_bench_reaches_the_benchmarks_of_the_checkout(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert "--official" in capsys.readouterr().out
+
+
+def test_bench_without_the_repository(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("proxyless_fast.cli.bench.__file__", str(tmp_path / "a" / "b" / "bench.py"))
+    assert main(["bench"]) == 2
+    assert "expected a clone of the repository" in capsys.readouterr().err

@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
         subparsers[name].add_argument(
             "--run", metavar="FOLDER", default="runs/default", help="run folder (default: %(default)s)"
         )
+    commands.add_parser("bench", help="speed and memory beside other implementations (in a clone of the repository)")
     for name in ("profile", "search"):
         _space_options(subparsers[name])
     for name in ("profile", "search", "export"):
