@@ -267,6 +267,7 @@ def test_bench_reaches_the_benchmarks_of_the_checkout(capsys):
 
 
 def test_bench_without_the_repository(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("proxyless_fast.cli.bench.__file__", str(tmp_path / "a" / "b" / "bench.py"))
+    module = sys.modules["proxyless_fast.cli.bench"]
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "a" / "b" / "bench.py"))
     assert main(["bench"]) == 2
     assert "expected a clone of the repository" in capsys.readouterr().err
