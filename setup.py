@@ -80,7 +80,10 @@ class CMakeBuild(build_ext):
         )  # fmt: skip
         subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / output.name, output)
+        # Renamed into place: a process that runs with the old library keeps it.
+        fresh = output.with_name(output.name + ".new")
+        shutil.copy2(build / output.name, fresh)
+        fresh.replace(output)
 
 
 try:
