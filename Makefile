@@ -4,7 +4,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help search test bench bench-gpu lint format clean
+.PHONY: help search test bench bench-gpu lint format sanitize clean
 
 help:
 	@echo "make search   search, derive, train and export a network for this machine (ARGS=... are passed on)"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench    memory and speed, as ratios within one run"
 	@echo "make bench-gpu correctness and speed on a GPU (exit code 2 without one)"
 	@echo "make lint     ruff, mypy, clang-format (make format applies what can be applied)"
+	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan, without torch (a minute or two)"
 	@echo "make clean    remove what was built; .venv and runs/ stay"
 
 .venv/installed: requirements.txt
@@ -47,6 +48,9 @@ format: .venv/built
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+sanitize:
+	@csrc/tests/sanitize.sh
 
 clean:
 	@rm -rf build dist *.egg-info proxyless_fast/*.so .venv/built .pytest_cache .mypy_cache .ruff_cache

@@ -19,15 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton as gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
+from .batch_norm import ACTIVATIONS
 from .statistics import gram as gram_of
 
-_ACTIVATIONS = {
-    "relu6": lambda t: t.clamp(0, 6),
-    "relu": F.relu,
-    "identity": lambda t: t,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 _KEEP = {"lean": 1, "fast": 2}
 
 
@@ -43,7 +37,7 @@ def mbconv_reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """`mbconv` in plain torch, in the same arguments: what tests and benchmarks compare with."""
-    act = _ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
     norms = len(params) // 3
     for i in range(norms):
         weight, gamma, beta = params[3 * i : 3 * i + 3]
@@ -95,8 +89,8 @@ def can_run_mbconv(
         return False, f"the kernel is {kernel}, and the fused kernels are 3x3, 5x5 and 7x7"
     if stride not in (1, 2):
         return False, f"the stride is {stride}, and the fused kernels have strides 1 and 2"
-    if activation not in _ACTIVATIONS:
-        return False, f"the activation is {activation!r}, and the fused kernels know {', '.join(_ACTIVATIONS)}"
+    if activation not in ACTIVATIONS:
+        return False, f"the activation is {activation!r}, and the fused kernels know {', '.join(ACTIVATIONS)}"
     if depthwise.shape[1] != 1 or params[-3].shape[1:] != (channels, 1, 1):
         return False, "the middle convolution is not depthwise, or the last is not 1x1 on its channels"
     if params[0].shape[1:] != (x.shape[1], 1, 1) if len(params) == 9 else channels != x.shape[1]:
