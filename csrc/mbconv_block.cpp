@@ -1,5 +1,5 @@
 // Arguments of a fused MBConv, folded; and its forward passes over all images. Work is cut by shape, not by the number
-// of threads, and partial sums are merged in order: the same bits for any number of threads.
+// of threads, and partial sums are merged in order: the same bits every time for one number of threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

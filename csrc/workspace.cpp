@@ -69,12 +69,6 @@ Workspace::~Workspace() {
   std::sort(free_list.begin(), free_list.end(), [](const Free& a, const Free& b) { return a.bytes > b.bytes; });
 }
 
-void release_workspaces() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Free& f : free_list) std::free(f.memory);
-  free_list.clear();
-}
-
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
   at::Tensor t = at::empty(sizes, options.memory_format(format));
   if (t.nbytes() >= 2 * huge_page) advise_huge(t.mutable_data_ptr(), t.nbytes());

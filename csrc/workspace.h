@@ -23,9 +23,6 @@ class Workspace {
   size_t bytes_;
 };
 
-// Frees all scratch memory that no call is using.
-void release_workspaces();
-
 // An uninitialised tensor on huge pages where the system offers them.
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options,
                        at::MemoryFormat format = at::MemoryFormat::Contiguous);

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
-
-Policy = Literal["fast", "lean", "auto", "off"]
 
 
 class Norm(NamedTuple):
