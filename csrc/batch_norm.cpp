@@ -12,7 +12,7 @@
 
 #include "activation.h"
 #include "cpu/kernels.h"
-#include "workspace.h"
+#include "memory.h"
 
 namespace pf {
 namespace {

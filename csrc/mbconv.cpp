@@ -6,7 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "workspace.h"
+#include "memory.h"
 
 namespace pf {
 namespace {
@@ -66,6 +66,12 @@ void set_norms(Block<T>& block, std::vector<Norm> norms) {
   block.set_third(std::move(norms[i + 1]));
 }
 
+void check_shortcut(const char* op, const Arguments& a, bool shortcut) {
+  TORCH_CHECK_VALUE(!shortcut || (a.stride == 1 && a.x.size(1) == a.wp.size(0)), op,
+                    ": a shortcut needs stride 1 and as many channels out as in, got stride ", a.stride, ", ",
+                    a.x.size(1), " in and ", a.wp.size(0), " out");
+}
+
 Tensor empty_like_x(const Arguments& a) {
   return at::empty({0}, a.x.options().memory_format(at::MemoryFormat::Contiguous));
 }
@@ -73,9 +79,10 @@ Tensor empty_like_x(const Arguments& a) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorList params, at::TensorList running,
                                                   const std::optional<Tensor>& mean, const std::optional<Tensor>& cov,
                                                   int64_t stride, std::string_view activation, bool training,
-                                                  double eps, int64_t keep) {
+                                                  double eps, int64_t keep, bool shortcut) {
   const Arguments a = check("mbconv", x, params, mean, cov, stride, std::string(activation), training, eps);
   if (!training) check_running("mbconv", a, running);
+  check_shortcut("mbconv", a, shortcut);
   TORCH_CHECK_VALUE(keep >= 0 && keep <= 2, "mbconv: keep must be 0 (nothing), 1 (y) or 2 (y and d), got ", keep);
   Tensor out, y = empty_like_x(a), d = empty_like_x(a), statistics;
   AT_DISPATCH_FLOATING_TYPES(a.x.scalar_type(), "mbconv", [&] {
@@ -88,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
     if (!training && keep == 0) {
       set_norms(block, norms_from(running));
       block.infer(p_out);
+      if (shortcut) out.add_(a.x);
       statistics = statistics_of(norms_of(block));
       return;
     }
@@ -106,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
       if (!stream) block.depthwise(p_d, false);
       block.project(p_d, p_y);
     }
-    block.normalise(p_y, p_out);
+    block.normalise(p_y, p_out, shortcut);
     statistics = statistics_of(norms_of(block));
   });
   return {out, y, d, statistics};
@@ -117,7 +125,7 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
                                                         at::TensorList params, const std::optional<Tensor>& mean,
                                                         const std::optional<Tensor>& cov, int64_t stride,
                                                         std::string_view activation, bool training, double eps,
-                                                        bool input, bool weights) {
+                                                        bool input, bool weights, bool shortcut) {
   const Arguments a = check("mbconv_backward", x, params, mean, cov, stride, std::string(activation), training, eps);
   TORCH_CHECK_VALUE(grad.sizes() == y.sizes() && grad.scalar_type() == x.scalar_type(),
                     "mbconv_backward: grad must have the shape of y, ", y.sizes(), ", and the dtype of x, got ",
@@ -126,6 +134,7 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
   TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() == norms,
                     "mbconv_backward: statistics must be the ", norms, " float64 values that mbconv returned, got ",
                     statistics.numel(), " of ", statistics.scalar_type());
+  check_shortcut("mbconv_backward", a, shortcut);
   const Tensor g = channels_last(grad), narrow = channels_last(y);
   Tensor dx = empty_like_x(a);
   std::vector<Tensor> dparams;
@@ -143,7 +152,7 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
     if (!kept && !stream) block.depthwise(memory.as<scalar_t>(), false);
     Tensor to;
     if (input) to = dx = large_empty(a.x.sizes(), a.x.options(), at::MemoryFormat::ChannelsLast);
-    dparams = block.backward(g, narrow.const_data_ptr<scalar_t>(), p_d, to, weights);
+    dparams = block.backward(g, narrow.const_data_ptr<scalar_t>(), p_d, to, weights, shortcut);
   });
   return {dx, dparams};
 }

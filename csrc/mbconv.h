@@ -67,12 +67,13 @@ class Block {
   Norm project(const T* d, T* y) const;
   // <grad, out> with y never written; sets third.
   double gate(const T* d, const at::Tensor& grad);
-  // out = BN3(y)
-  void normalise(const T* y, T* out);
+  // out = BN3(y), plus x if there is a shortcut
+  void normalise(const T* y, T* out, bool shortcut);
   // out from x with all norms given, image by image.
   void infer(T* out);
   // dx (if defined) and, if `weights`, the gradients of the parameters. d is null if it is to be computed on the spot.
-  std::vector<at::Tensor> backward(const at::Tensor& grad, const T* y, const T* d, const at::Tensor& dx, bool weights);
+  std::vector<at::Tensor> backward(const at::Tensor& grad, const T* y, const T* d, const at::Tensor& dx, bool weights,
+                                   bool shortcut);
 
  private:
   std::vector<at::Tensor> owned_;

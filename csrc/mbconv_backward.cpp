@@ -1,6 +1,7 @@
 // Backward of a fused MBConv over all images: the passes, and the corrections that close over small matrices
 // (docs/performance.md has the formulas).
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
@@ -8,7 +9,7 @@
 #include <algorithm>
 
 #include "mbconv.h"
-#include "workspace.h"
+#include "memory.h"
 
 namespace pf {
 namespace {
@@ -118,7 +119,8 @@ void Block<T>::pack_backward() {
 }
 
 template <typename T>
-std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* d, const Tensor& dx, bool weights) {
+std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* d, const Tensor& dx, bool weights,
+                                       bool shortcut) {
   pack_backward();
   const auto& kernels = cpu::kernels_for<T>();
   const int64_t n_in = pixels_in(), n_out = pixels_out(), wide = blocks(f.ch) * lanes, narrow = blocks(f.co) * lanes;
@@ -267,10 +269,11 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
       at::parallel_for(0, in_tiles, 4, [&](int64_t begin, int64_t end) {
         const Workspace scratch(static_cast<size_t>(2 * cpu::backward_pixels * lanes * blocks(f.ci)) * sizeof(T));
         kernels.finish_dx(f, begin * cpu::backward_pixels, std::min(end * cpu::backward_pixels, n_in), panel, pbias,
-                          pdx, scratch.template as<T>());
+                          shortcut ? f.grad : nullptr, pdx, scratch.template as<T>());
       });
     }
   }
+  if (shortcut && pdx != nullptr && !(f.expand && a.training)) dx.add_(grad);  // otherwise the last pass has added it
   if (!weights) return {};
 
   std::vector<Tensor> grads;
@@ -322,7 +325,9 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
 
 template void Block<float>::pack_backward();
 template void Block<double>::pack_backward();
-template std::vector<Tensor> Block<float>::backward(const Tensor&, const float*, const float*, const Tensor&, bool);
-template std::vector<Tensor> Block<double>::backward(const Tensor&, const double*, const double*, const Tensor&, bool);
+template std::vector<Tensor> Block<float>::backward(const Tensor&, const float*, const float*, const Tensor&, bool,
+                                                    bool);
+template std::vector<Tensor> Block<double>::backward(const Tensor&, const double*, const double*, const Tensor&, bool,
+                                                     bool);
 
 }  // namespace pf

@@ -10,7 +10,7 @@
 
 #include "activation.h"
 #include "mbconv.h"
-#include "workspace.h"
+#include "memory.h"
 
 namespace pf {
 namespace {
@@ -400,10 +400,11 @@ double Block<T>::gate(const T* d, const Tensor& grad) {
 }
 
 template <typename T>
-void Block<T>::normalise(const T* y, T* out) {
+void Block<T>::normalise(const T* y, T* out, bool shortcut) {
   const T *mean = per_channel(third.mean), *scale = per_channel(third.scale), *bias = per_channel(to_doubles(a.b3));
   at::parallel_for(0, pixels_out(), std::max<int64_t>(1, 16384 / f.co), [&](int64_t begin, int64_t end) {
-    cpu::kernels_for<T>().affine(y + begin * f.co, end - begin, f.co, mean, scale, bias, out + begin * f.co);
+    cpu::kernels_for<T>().affine(y + begin * f.co, end - begin, f.co, mean, scale, bias,
+                                 shortcut ? f.x + begin * f.co : nullptr, out + begin * f.co);
   });
 }
 

@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
+#include "memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of proxyless_fast; importing it registers torch.ops.proxyless_fast.";
   m.def("instruction_set", [] { return pf::cpu::kernels().name; }, "The instruction set the CPU kernels run with.");
+  m.def("release_memory", &pf::release_memory,
+        "Give the memory that the CPU ops keep between steps and do not use now back to the system.");
   m.def(
       "build_info",
       [] {

@@ -1,5 +1,5 @@
-// The one list of every op. Implementations register by dispatch key in the file of their family; fake kernels and
-// autograd formulas stand in proxyless_fast/ops.
+// The one list of every op. Implementations register by dispatch key in the file of their family, autograd in
+// autograd.cpp (depthwise: in proxyless_fast/ops), fake kernels in proxyless_fast/ops.
 #include <torch/library.h>
 
 TORCH_LIBRARY(proxyless_fast, m) {
@@ -8,13 +8,15 @@ TORCH_LIBRARY(proxyless_fast, m) {
 
   // params: expand weight, gamma, beta (absent where there is no expand convolution), depthwise weight, gamma, beta,
   // project weight, gamma, beta. running: mean and variance of each of the batch norms, in the same order; read only if
-  // not training. statistics: the same, as the batch has them, in one float64 vector.
+  // not training. statistics: the same, as the batch has them, in one float64 vector. shortcut: x is added to out.
   m.def(
       "mbconv(Tensor x, Tensor[] params, Tensor[] running, Tensor? mean, Tensor? cov, int stride, str activation, "
-      "bool training, float eps, int keep) -> (Tensor out, Tensor y, Tensor d, Tensor statistics)");
+      "bool training, float eps, int keep, bool shortcut=False) -> (Tensor out, Tensor y, Tensor d, Tensor "
+      "statistics)");
   m.def(
       "mbconv_backward(Tensor grad, Tensor x, Tensor y, Tensor d, Tensor statistics, Tensor[] params, Tensor? mean, "
-      "Tensor? cov, int stride, str activation, bool training, float eps, bool input, bool weights) -> "
+      "Tensor? cov, int stride, str activation, bool training, float eps, bool input, bool weights, "
+      "bool shortcut=False) -> "
       "(Tensor dx, Tensor[] dparams)");
   m.def(
       "mbconv_probe(Tensor x, Tensor grad, Tensor[] params, Tensor(a!)[] running, int[] sizes, Tensor? mean, Tensor? "
@@ -28,6 +30,15 @@ TORCH_LIBRARY(proxyless_fast, m) {
   m.def(
       "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor statistics, str activation, "
       "bool training, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // A dense convolution with few inputs, its norm and activation; mean, cov: of the windows under the output pixels.
+  m.def(
+      "conv_norm_act(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor[] running, int stride, "
+      "str activation, bool training, float eps) -> (Tensor out, Tensor statistics, Tensor mean, Tensor cov)");
+  m.def(
+      "conv_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor statistics, "
+      "Tensor mean, Tensor cov, int stride, str activation, bool training, float eps) -> "
+      "(Tensor dweight, Tensor dgamma, Tensor dbeta)");
 
   m.def("update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
 

@@ -15,6 +15,7 @@ from .shapes import macs, parameters
 __version__ = "0.1.0"
 build_info = _C.build_info
 instruction_set = _C.instruction_set
+release_memory = _C.release_memory
 
 __all__ = [
     "Identity",
@@ -41,6 +42,7 @@ __all__ = [
     "ops",
     "parameters",
     "profile",
+    "release_memory",
     "report",
     "rescale",
     "sample",

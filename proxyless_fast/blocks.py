@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import Norm, has_hooks, norm_of
+from .engine import Fused, Norm, count_batch, has_hooks, norm_of, parameter
 from .ops.batch_norm import batch_norm_act, can_run_batch_norm_act
+from .ops.conv import can_run_conv_norm_act, conv_norm_act
 from .ops.mbconv import can_run_mbconv, mbconv, probe
+from .ops.statistics import gram
 from .shapes import OpShape, conv_output
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.1  # the official set_bn_param defaults
 
 _ACTIVATIONS = {"relu6": nn.ReLU6, "relu": nn.ReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "identity": nn.Identity}
+
+
+Gram = tuple[Tensor, Tensor]  # mean (C,) and covariance (C, C) of a tensor's pixels
 
 
 def activation(name: str) -> nn.Module:
@@ -97,22 +102,25 @@ class MBConv(nn.Module):
         """The official name, e.g. 5x5_MBConv6."""
         return f"{self.kernel_size}x{self.kernel_size}_MBConv{self.expand_ratio}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        reason, norm = self._plan(x)
-        if reason or norm is None:
-            if self.inverted_bottleneck is not None:
-                x = self.inverted_bottleneck(x)
-            return self.point_linear(self.depth_conv(x))
-        if norm.training:
-            self._count_batch()
+    def forward(self, x: Tensor, gram: Gram | None = None, shortcut: bool = False) -> Tensor:
+        """x (B, in, H, W) to the output; gram: of x, where the caller has it (see `gram_of`); shortcut: add x to it."""
+        _, plan = self._plan(x)
+        if plan is None:
+            y = x if self.inverted_bottleneck is None else self.inverted_bottleneck(x)
+            y = self.point_linear(self.depth_conv(y))
+            return y + x if shortcut else y
+        if plan.norm.training:
+            count_batch(plan.norms)
         return mbconv(
             x,
-            self._params(),
-            self._running(),
+            plan.params,
+            plan.running,
             stride=self.stride,
             activation=self.act,
             policy=self.policy,
-            **norm._asdict(),
+            gram=gram,
+            shortcut=shortcut,
+            **plan.norm._asdict(),
         )
 
     def fused(self, x: Tensor) -> tuple[bool, str]:
@@ -120,30 +128,23 @@ class MBConv(nn.Module):
         reason, _ = self._plan(x)
         return not reason, reason
 
-    def _plan(self, x: Tensor) -> tuple[str, Norm | None]:
+    def _plan(self, x: Tensor) -> tuple[str, Fused | None]:
         if self.policy == "off":
             return "the policy is 'off'", None
-        if any(has_hooks(group) or any(has_hooks(m) for m in group) for group in self._groups()):
+        modules = [m for m in (self.inverted_bottleneck, self.depth_conv, self.point_linear) if m is not None]
+        groups = [module._modules for module in modules]
+        if has_hooks(*modules) or any(has_hooks(*group.values()) for group in groups):
             return "a module inside the block has hooks, which the fused op would not run", None
-        reason, norm = norm_of([group.bn for group in self._groups()])
-        if reason:
+        norms = [group["bn"] for group in groups]
+        reason, norm = norm_of(norms)
+        if norm is None:
             return reason, None
-        return can_run_mbconv(x, self._params(), stride=self.stride, activation=self.act)[1], norm
-
-    def _groups(self) -> list[Any]:
-        first = [] if self.inverted_bottleneck is None else [self.inverted_bottleneck]
-        return [*first, self.depth_conv, self.point_linear]
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self._groups() for p in (group.conv.weight, group.bn.weight, group.bn.bias)]
-
-    def _running(self) -> list[Tensor]:
-        return [b for group in self._groups() for b in (group.bn.running_mean, group.bn.running_var)]
-
-    @torch.no_grad()
-    def _count_batch(self) -> None:
-        for group in self._groups():
-            group.bn.num_batches_tracked.add_(1)
+        params, running = [], []
+        for group, bn in zip(groups, norms, strict=True):
+            params += [parameter(group["conv"], "weight"), parameter(bn, "weight"), parameter(bn, "bias")]
+            running += [bn._buffers["running_mean"], bn._buffers["running_var"]]
+        reason = can_run_mbconv(x, params, stride=self.stride, activation=self.act)[1]
+        return reason, None if reason else Fused(params, running, norms, norm)
 
     def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels); idskip 1 where the block around it adds its input."""
@@ -164,26 +165,37 @@ class MBConv(nn.Module):
         return f"{self.in_channels} -> {self.out_channels}, {self.name}, stride {self.stride}"
 
 
-def probe_fused(blocks: Sequence[tuple[int, nn.Module]], x: Tensor, grad: Tensor) -> dict[int, Tensor]:
+def gram_of(block: nn.Module, x: Any) -> Gram | None:
+    """Mean and covariance of x, if running `block` on it as a fused op takes them: to share with other candidates."""
+    if isinstance(block, MBConv) and block.expand_ratio > 1 and isinstance(x, Tensor) and not has_hooks(block):
+        _, plan = block._plan(x)
+        if plan is not None and plan.norm.training:
+            return gram(x.detach())
+    return None
+
+
+def probe_fused(
+    blocks: Sequence[tuple[int, nn.Module]], x: Tensor, grad: Tensor, gram: Gram | None = None
+) -> dict[int, Tensor]:
     """Gate gradients <grad, o(x)> of those blocks that the fused engine takes, in one call for each kind of block.
 
     blocks: pairs of a key and a module; the result has the keys of the fused ones, and what is missing has to be run
-    module by module. Running statistics move as if each block had run. No autograd.
+    module by module. gram: of x, if the caller has it. Running statistics move as if each block had run. No autograd.
     """
-    kinds: dict[tuple, list[tuple[int, MBConv]]] = {}
+    kinds: dict[tuple, list[tuple[int, Fused]]] = {}
     for key, block in blocks:
         if isinstance(block, MBConv) and not has_hooks(block):
-            reason, norm = block._plan(x)
-            if not reason and norm is not None:
-                kinds.setdefault((block.stride, block.act, norm), []).append((key, block))
+            _, plan = block._plan(x)
+            if plan is not None:
+                kinds.setdefault((block.stride, block.act, plan.norm), []).append((key, plan))
     gates: dict[int, Tensor] = {}
     for (stride, act, norm), members in kinds.items():
-        params, running = [b._params() for _, b in members], [b._running() for _, b in members]
-        values = probe(x, grad, params, running, stride=stride, activation=act, **norm._asdict())
-        for (key, block), value in zip(members, values, strict=True):
-            gates[key] = value
-            if norm.training:
-                block._count_batch()
+        plans = [plan for _, plan in members]
+        params, running = [plan.params for plan in plans], [plan.running for plan in plans]
+        values = probe(x, grad, params, running, stride=stride, activation=act, gram=gram, **norm._asdict())
+        gates |= zip((key for key, _ in members), values.unbind(), strict=True)
+        if norm.training:
+            count_batch([bn for plan in plans for bn in plan.norms])
     return gates
 
 
@@ -191,7 +203,7 @@ class ConvLayer(nn.Sequential):
     """Convolution, BN, activation: x (B, in, H, W) to (B, out, ceil(H/stride), ceil(W/stride)).
 
     State-dict names conv.weight and bn.* as in the official ConvLayer. Raises ValueError for wrong sizes. BN and
-    activation run as one op where `fused` says so; policy "off" keeps them apart.
+    activation run as one op, with the convolution where it has few inputs; policy "off" keeps them apart.
     """
 
     policy = "fast"
@@ -215,28 +227,35 @@ class ConvLayer(nn.Sequential):
         self.kernel_size, self.stride, self.act_name = kernel_size, stride, act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        reason, norm = self._plan(x)
-        if reason or norm is None:
-            x = self.bn(x)
-            return x if self.act_name is None else self.act(x)
+        bn, act = self.bn, self.act_name or "identity"
+        _, norm = self._norm()
+        whole = norm is not None and self._takes_conv(x)
+        if not whole:
+            x = self.conv(x)
+            if norm is None or not can_run_batch_norm_act(x, bn.weight, activation=act)[0]:
+                x = bn(x)
+                return x if self.act_name is None else self.act(x)
+        assert norm is not None
         if norm.training:
-            with torch.no_grad():
-                self.bn.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # norm_of has seen that it is there
-        bn = self.bn
-        return batch_norm_act(
-            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.act_name or "identity", **norm._asdict()
-        )
+            count_batch([bn])
+        options = dict(activation=act, **norm._asdict())
+        affine = bn.weight, bn.bias, bn.running_mean, bn.running_var
+        if whole:
+            return conv_norm_act(x, self.conv.weight, *affine, stride=self.stride, **options)
+        return batch_norm_act(x, *affine, **options)
 
-    def _plan(self, x: Tensor) -> tuple[str, Norm | None]:
+    def _norm(self) -> tuple[str, Norm | None]:
         if self.policy == "off":
             return "the policy is 'off'", None
-        if any(has_hooks(m) for m in self):
+        if has_hooks(*self):
             return "a module inside the layer has hooks, which the fused op would not run", None
-        reason, norm = norm_of([self.bn])
-        if reason:
-            return reason, None
-        return can_run_batch_norm_act(x, self.bn.weight, activation=self.act_name or "identity")[1], norm
+        return norm_of([self.bn])
+
+    def _takes_conv(self, x: Tensor) -> bool:
+        """Whether the convolution goes into the op too: one with few inputs whose x needs no gradient, as a stem."""
+        conv = self.conv
+        plain = type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
+        return plain and can_run_conv_norm_act(x, conv.weight, activation=self.act_name or "identity")[0]
 
     def shape(self, input: tuple[int, ...], kind: str = "Conv") -> OpShape:
         """Cost at input (height, width, channels), under the table's name `kind`."""
@@ -431,9 +450,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         op = self.mobile_inverted_conv
-        if self.shortcut and isinstance(op, Zero):
+        if not self.shortcut:
+            return op(x)
+        path = getattr(op, "path", op)  # of a mixed op, the candidate that runs if nothing else does
+        if isinstance(path, Zero):
             return x
-        return op(x) + x if self.shortcut else op(x)
+        if isinstance(path, MBConv) and not has_hooks(op, path):
+            return path(x, shortcut=True)
+        return op(x) + x
 
 
 _NAMES = (

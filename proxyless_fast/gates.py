@@ -17,27 +17,42 @@ def mixed_ops(net: nn.Module) -> dict[str, MixedOp]:
     An op without a label goes by its place in the net. Raises ValueError when two ops have one label.
     """
     ops: dict[str, MixedOp] = {}
-    for place, module in net.named_modules():
-        if isinstance(module, MixedOp):
-            label = module.label or place or "mixed"
-            if label in ops:
-                raise ValueError(f"label must be unique among the mixed ops of a net, got {label!r} twice")
-            ops[label] = module
+    for place, op in _mixed(net):
+        label = op.label or place or "mixed"
+        if label in ops:
+            raise ValueError(f"label must be unique among the mixed ops of a net, got {label!r} twice")
+        ops[label] = op
     return ops
 
 
-def _mixed(net: nn.Module) -> list[MixedOp]:
-    return [module for module in net.modules() if isinstance(module, MixedOp)]
+def _mixed(net: nn.Module) -> list[tuple[str, MixedOp]]:
+    """The mixed ops with their places, in the order of net.named_modules(), whose nested generators take milliseconds
+    on a supernet of thousands of modules; this is asked several times a step."""
+    found: list[tuple[str, MixedOp]] = []
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", net)]
+    while waiting:
+        place, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, MixedOp):
+            found.append((place, module))
+        prefix = f"{place}." if place else ""
+        for name, child in reversed(module._modules.items()):
+            if child is not None and child._modules:  # a mixed op holds modules: what holds none need not be looked at
+                waiting.append((prefix + name, child))
+    return found
 
 
 def arch_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
     """The alphas of a net's mixed ops."""
-    return (op.alpha for op in _mixed(net))
+    return (op.alpha for _, op in _mixed(net))
 
 
 def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
     """All parameters of a net but the alphas."""
-    alphas = {id(op.alpha) for op in _mixed(net)}
+    alphas = {id(op.alpha) for _, op in _mixed(net)}
     return (p for p in net.parameters() if id(p) not in alphas)
 
 
@@ -84,7 +99,7 @@ def sample(net: nn.Module, mode: Mode = "path", generator: torch.Generator | Non
 
 def rescale(net: nn.Module) -> None:
     """`MixedOp.rescale` on every mixed op: call it after the optimizer step of mode "two"."""
-    for op in _mixed(net):
+    for _, op in _mixed(net):
         op.rescale()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .blocks import Zero, probe_fused
+from .blocks import Gram, Zero, gram_of, probe_fused
 from .ops.statistics import dot
 
 Mode = Literal["path", "full", "two", "sum", "softmax"]
@@ -152,16 +152,28 @@ class MixedOp(nn.Module):
         self.alpha[gone.to(self.alpha.device)] = -torch.inf
         return [name for name, pruned in zip(self.names, gone.tolist(), strict=True) if pruned]
 
+    @property
+    def path(self) -> nn.Module | None:
+        """The candidate whose output is this op's, where nothing else is to be done; else None."""
+        alone = self.mode == "path" or (self.mode in ("full", "two") and not self._gates_wanted)
+        return self.candidates[self.active] if alone else None
+
+    @property
+    def _gates_wanted(self) -> bool:
+        return torch.is_grad_enabled() and self.alpha.requires_grad
+
     # The index of the active path is data to a compiled graph around this op, which would otherwise be compiled anew
     # for every path: the graph breaks here, and the candidates are compiled each for itself.
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.mode in ("sum", "softmax"):
             return self._all_paths(args, kwargs)
-        output = self.candidates[self.active](*args, **kwargs)
-        if self.mode == "path" or not (torch.is_grad_enabled() and self.alpha.requires_grad):
-            return output
-        return _attach_gates(self, args, kwargs, output)
+        candidate = self.candidates[self.active]
+        if self.mode == "path" or not self._gates_wanted:
+            return candidate(*args, **kwargs)
+        gram = gram_of(candidate, args[0]) if len(args) == 1 and not kwargs else None
+        output = candidate(*args, **kwargs) if gram is None else candidate(args[0], gram=gram)
+        return _attach_gates(self, args, kwargs, output, gram)
 
     def _all_paths(self, args: tuple, kwargs: dict) -> Any:
         weights = self.probabilities() if self.mode == "softmax" else [1] * len(self)
@@ -190,14 +202,14 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _attach_gates(op: MixedOp, args: tuple, kwargs: dict, output: Any) -> Any:
+def _attach_gates(op: MixedOp, args: tuple, kwargs: dict, output: Any, gram: Gram | None) -> Any:
     """The output, with the gates' backward attached to its floating-point tensors."""
     leaves, spec = pytree.tree_flatten(output)
     places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
     if not places:
         raise ValueError(f"candidate {op.names[op.active]!r} must output a floating-point tensor, got none")
     inputs, input_spec = pytree.tree_flatten((args, kwargs))
-    gated = _Gates.apply(op, inputs, input_spec, op.alpha, *(leaves[i] for i in places))
+    gated = _Gates.apply(op, inputs, input_spec, gram, op.alpha, *(leaves[i] for i in places))
     for place, tensor in zip(places, gated, strict=True):
         leaves[place] = tensor
     return pytree.tree_unflatten(leaves, spec)
@@ -210,10 +222,10 @@ class _Gates(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, op: MixedOp, inputs: list, input_spec: Any, alpha: Tensor, *outputs: Tensor):
+    def forward(ctx, op: MixedOp, inputs: list, input_spec: Any, gram: Gram | None, alpha: Tensor, *outputs: Tensor):
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-        ctx.op, ctx.input_spec, ctx.outputs = op, input_spec, len(outputs)
+        ctx.op, ctx.input_spec, ctx.gram, ctx.outputs = op, input_spec, gram, len(outputs)
         ctx.gated, ctx.pair = op.gated(), op.mode == "two"
         device = outputs[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -226,15 +238,16 @@ class _Gates(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         alpha, *saved = ctx.saved_tensors
         outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
-        if all(g is None for g in grads) or not ctx.needs_input_grad[3]:
-            return None, None, None, None, *grads
+        if all(g is None for g in grads) or not ctx.needs_input_grad[4]:
+            return None, None, None, None, None, *grads
         inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
         args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
         device, dtype, enabled = ctx.autocast
         with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
             gates = [_gate(grads, outputs)]
-            gates += _probes(ctx.op, ctx.gated[1:], args, kwargs, grads)
-        return None, None, None, _alpha_gradient(alpha, dict(zip(ctx.gated, gates, strict=True)), ctx.pair), *grads
+            gates += _probes(ctx.op, ctx.gated[1:], args, kwargs, grads, ctx.gram)
+        gradient = _alpha_gradient(alpha, dict(zip(ctx.gated, gates, strict=True)), ctx.pair)
+        return None, None, None, None, gradient, *grads
 
 
 def _alpha_gradient(alpha: Tensor, gates: dict[int, Tensor], pair: bool) -> Tensor:
@@ -256,12 +269,17 @@ def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
 
 
 def _probes(
-    op: MixedOp, probed: Sequence[int], args: tuple, kwargs: dict, grads: Sequence[Tensor | None]
+    op: MixedOp,
+    probed: Sequence[int],
+    args: tuple,
+    kwargs: dict,
+    grads: Sequence[Tensor | None],
+    gram: Gram | None,
 ) -> list[Tensor]:
     """The gate gradients of the probed candidates: those the engine takes in one call, the others one at a time."""
     fused: dict[int, Tensor] = {}
     if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and len(grads) == 1 and grads[0] is not None:
-        fused = probe_fused([(j, op.candidates[j]) for j in probed], args[0], grads[0])
+        fused = probe_fused([(j, op.candidates[j]) for j in probed], args[0], grads[0], gram)
     return [fused[j] if j in fused else _probe(op, j, args, kwargs, grads) for j in probed]
 
 

@@ -1,6 +1,9 @@
 """Blocks and mixed ops through the fused engine: the same results, statistics and state as module by module."""
 
 import copy
+import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +104,61 @@ def test_probes_go_to_the_engine_in_one_call(monkeypatch):
     op.activate(1, mode="full")
     op(torch.randn(2, 4, 6, 6)).sum().backward()
     assert calls == [3]
+
+
+@pytest.mark.parametrize("active", [0, 3])
+def test_a_layer_takes_the_covariance_of_its_input_once(active, monkeypatch):
+    op = pf.MixedOp({n: pf.candidate(n, 4, 4) for n in ["3x3_MBConv3", "5x5_MBConv6", "7x7_MBConv3", "3x3_MBConv1"]})
+    calls, gram = [], pf.ops.gram
+
+    def counted(x):
+        calls.append(x)
+        return gram(x)
+
+    monkeypatch.setattr(blocks, "gram", counted)
+    monkeypatch.setattr(sys.modules["proxyless_fast.ops.mbconv"], "gram_of", counted)
+    op.activate(active, mode="full")
+    op(torch.randn(2, 4, 6, 6)).sum().backward()
+    assert len(calls) == 1
+
+
+class Residual(nn.Module):
+    """The block's definition, with every sum written out."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.mobile_inverted_conv = block.mobile_inverted_conv
+
+    def forward(self, x):
+        return self.mobile_inverted_conv(x) + x
+
+
+@pytest.mark.parametrize("candidate", [0, 1, 2, None])
+@pytest.mark.parametrize("mode", ["path", "full"])
+def test_a_residual_block_adds_its_input(candidate, mode):
+    names = ["3x3_MBConv3", "3x3_MBConv1", "Zero"]
+    op = pf.candidate(names[0], 4, 4) if candidate is None else pf.MixedOp({n: pf.candidate(n, 4, 4) for n in names})
+    block = blocks.ResidualBlock(op, True).double()
+    if candidate is not None:
+        op.activate(candidate, mode)
+    x, g = torch.randn(2, 2, 4, 6, 5, dtype=torch.float64).unbind()
+    ours, expected = results(block, x, g), results(off(Residual(block)), x, g)
+    zeros = [k for k, v in expected.items() if v is None]
+    assert zeros == [k for k, v in ours.items() if v is None]
+    assert_same({k: v for k, v in ours.items() if v is not None}, {k: v for k, v in expected.items() if v is not None})
+
+
+def test_memory_is_used_again_and_can_be_given_back():
+    block, x = pf.MBConv(16, 16, 3, 1, 6), torch.randn(8, 16, 56, 56)
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # noqa: E731
+    y = block(x)
+    address, expected = y.data_ptr(), y.detach().clone()
+    del y
+    assert block(x).data_ptr() == address
+    before = resident()
+    pf.release_memory()
+    assert resident() < before - 2**23
+    torch.testing.assert_close(block(x), expected)
 
 
 def reasons(block, x):

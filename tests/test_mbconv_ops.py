@@ -33,6 +33,7 @@ class Sample:
     mean: float = 0.0
     layout: str = "channels_last"
     constant: bool = False
+    shortcut: bool = False
 
     @property
     def options(self):
@@ -92,6 +93,9 @@ def sample_inputs():
     yield replace(base, mean=100.0)
     yield replace(base, mean=100.0, expand=1, kernel=5)
     yield replace(base, constant=True)
+    yield replace(base, out=16, shortcut=True)
+    yield replace(base, out=16, shortcut=True, training=False, policy="lean", layout="sliced")
+    yield replace(base, out=16, shortcut=True, expand=1, activation="silu")
 
 
 SAMPLES = list(sample_inputs())
@@ -110,7 +114,7 @@ def everything(function, x, params, running, grad, sample, **more):
     x = x.detach().requires_grad_()
     params = [p.clone().requires_grad_() for p in params]
     running = [r.clone() for r in running]
-    out = function(x, params, running, **sample.options, **more)
+    out = function(x, params, running, **sample.options, shortcut=sample.shortcut, **more)
     grads = torch.autograd.grad(out, [x, *params], grad)
     names = [f"d params[{i}]" for i in range(len(params))]
     return {
@@ -153,9 +157,9 @@ def test_double_is_exact(sample):
 def test_no_grad_output(sample):
     x, params, running, _ = sample.tensors(torch.float32)
     with torch.no_grad():
-        alone = mbconv(x, params, [r.clone() for r in running], **sample.options)
+        alone = mbconv(x, params, [r.clone() for r in running], **sample.options, shortcut=sample.shortcut)
     params = [p.requires_grad_() for p in params]
-    kept = mbconv(x, params, running, **sample.options)
+    kept = mbconv(x, params, running, **sample.options, shortcut=sample.shortcut)
     torch.testing.assert_close(alone, kept.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +192,7 @@ def test_input_gradient_alone(sample):
     x, params, running, grad = sample.tensors(torch.float32)
     whole = everything(mbconv, x, params, running, grad, sample)
     x = x.requires_grad_()
-    out = mbconv(x, params, running, **sample.options)
+    out = mbconv(x, params, running, **sample.options, shortcut=sample.shortcut)
     out.backward(grad)
     torch.testing.assert_close(x.grad, whole["dx"], rtol=0, atol=1e-5 * whole["dx"].abs().max().item())
     assert all(p.grad is None for p in params)
@@ -200,7 +204,7 @@ def test_gradients_asked_for():
     x, params, running, grad = sample.tensors(torch.float32)
     whole = everything(mbconv, x, params, running, grad, sample)
     params[6].requires_grad_()
-    mbconv(x, params, running, **sample.options).backward(grad)
+    mbconv(x, params, running, **sample.options, shortcut=sample.shortcut).backward(grad)
     torch.testing.assert_close(params[6].grad, whole["d params[6]"], rtol=1e-5, atol=1e-5)
     assert [p.grad is None for p in params] == [i != 6 for i in range(9)]
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/batch_norm.h"
+#include "cpu/conv.h"
 #include "cpu/mbconv.h"
 
 namespace pf::cpu {
@@ -61,8 +62,9 @@ struct KernelsFor {
   // The same without writing y: moments, sum(grad) and sum(y grad) per channel.
   void (*probe)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
                 double* sum_g, double* sum_yg, T* scratch);
-  // out = (y - mean) * scale + bias over rows of c channels.
-  void (*affine)(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, T* out);
+  // out = (y - mean) * scale + bias + add over rows of c channels; add may be null.
+  void (*affine)(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, const T* add,
+                 T* out);
   // sum(g) and sum(g (y - mean)) per channel.
   void (*pair_sums)(const T* g, const T* y, int64_t pixels, int64_t c, const T* mean, double* sum_g, double* sum_gy);
   // dz, sum(dz), sum(dz (d - mean2)), and if dproject is not null the gradient of project, [blocks(ch)][co][16];
@@ -72,10 +74,20 @@ struct KernelsFor {
   // dx of a strip less what the first BN's statistics add (dx may be null); scratch: strip_scratch.
   void (*backward_expand)(const MBConv<T>& f, const Strip& strip, const T* d, const T* dz, int64_t d_block, T* dx,
                           const ExpandSums<T>& sums, T* scratch);
-  // dx += (x - center) * correction + bias over input pixels, correction given as [blocks(ci)][ci][16];
-  // scratch: 2 * backward_pixels * 16 * blocks(ci).
-  void (*finish_dx)(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, T* dx,
-                    T* scratch);
+  // dx += (x - center) * correction + bias + add over input pixels, correction given as [blocks(ci)][ci][16]; add may
+  // be null; scratch: 2 * backward_pixels * 16 * blocks(ci).
+  void (*finish_dx)(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, const T* add,
+                    T* dx, T* scratch);
+
+  // A dense convolution with its batch norm and activation (cpu/conv.h) over output rows (image, y); scratch:
+  // conv_scratch; sums are added to what they point at.
+
+  // The sum of the windows less the center, and the upper triangle of their products.
+  void (*conv_gram)(const Conv<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
+  void (*conv_forward)(const Conv<T>& f, int64_t first, int64_t last, T* out, T* scratch);
+  // With q the gradient before the activation: sum q, and sum q (window - center) as [blocks(co)][depth][16].
+  void (*conv_backward)(const Conv<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight,
+                        T* scratch);
 
   // A batch norm with its activation (cpu/batch_norm.h) over rows of channels; sums are added to what they point at.
 

@@ -203,8 +203,8 @@ void run(const KernelsFor<T>& kernels, int64_t images, int64_t ci, int64_t ratio
   // The rest, for bounds.
   Buffer<T> correction(blocks(ci) * lanes * ci, 0), finish_memory(2 * backward_pixels * lanes * blocks(ci)),
       affine(out * co);
-  kernels.finish_dx(f, 0, in, correction.get(), center.get(), dx_out.get(), finish_memory.get());
-  kernels.affine(y.get(), out, co, narrow_zero.get(), narrow_one.get(), narrow_zero.get(), affine.get());
+  kernels.finish_dx(f, 0, in, correction.get(), center.get(), nullptr, dx_out.get(), finish_memory.get());
+  kernels.affine(y.get(), out, co, narrow_zero.get(), narrow_one.get(), narrow_zero.get(), nullptr, affine.get());
   kernels.pair_sums(grad.get(), y.get(), out, co, narrow_zero.get(), sum_g.get(), sum_yg.get());
   Buffer<double> gram(ci * ci, 0), sum(ci, 0), panel(blocks(ci) * lanes * ci, 1), center_double(blocks(ci) * lanes, 0);
   Buffer<double> mean_out(ch), var_out(ch), quadratic_memory(ch * lanes * (blocks(ci) + 2));

@@ -80,21 +80,3 @@ def _(x, weight, bias, running, activation, training, eps):
 def _(grad, x, weight, bias, statistics, activation, training, eps):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     return dx, torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, bias, running, ctx.activation, ctx.training, ctx.eps = inputs
-    ctx.no_running = [None] * len(running)
-    ctx.save_for_backward(x, weight, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _):
-    x, weight, bias, statistics = ctx.saved_tensors
-    grads = torch.ops.proxyless_fast.batch_norm_act_backward(
-        grad, x, weight, bias, statistics, ctx.activation, ctx.training, ctx.eps
-    )
-    return *grads, ctx.no_running, None, None, None
-
-
-torch.library.register_autograd("proxyless_fast::batch_norm_act", _backward, setup_context=_setup)

@@ -35,9 +35,10 @@ def mbconv_reference(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    shortcut: bool = False,
 ) -> Tensor:
     """`mbconv` in plain torch, in the same arguments: what tests and benchmarks compare with."""
-    act = ACTIVATIONS[activation]
+    act, given = ACTIVATIONS[activation], x
     norms = len(params) // 3
     for i in range(norms):
         weight, gamma, beta = params[3 * i : 3 * i + 3]
@@ -49,7 +50,7 @@ def mbconv_reference(
         x = F.batch_norm(x, mean, var, gamma, beta, training, momentum, eps)
         if i < norms - 1:
             x = act(x)
-    return x
+    return x + given if shortcut else x
 
 
 def probe_reference(
@@ -119,6 +120,7 @@ def mbconv(
     eps: float = 1e-5,
     policy: str = "fast",
     gram: tuple[Tensor, Tensor] | None = None,
+    shortcut: bool = False,
 ) -> Tensor:
     """A whole MBConv block, (B, Ci, H, W) -> (B, Co, ceil(H / stride), ceil(W / stride)), channels-last.
 
@@ -127,6 +129,7 @@ def mbconv(
     `running`, if given, by `momentum` (the variance unbiased, as torch does); otherwise `running` norms, and gradients
     flow as through a frozen norm. policy: "fast" keeps the depthwise output for backward, "lean" recomputes it.
     gram: (mean, covariance) of x from `ops.gram`, if the caller has them, to share among the candidates of a layer.
+    shortcut: add x to the output, and the gradient to dx, where both are written anyway.
     Differentiable once in x and params; backward does no work for weights that need no gradient.
     Raises ValueError naming the argument that does not fit.
     """
@@ -137,7 +140,7 @@ def mbconv(
     differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     out, _, _, statistics = torch.ops.proxyless_fast.mbconv(
         x, params, [] if training else running, mean, cov, stride, activation, training, eps,
-        _KEEP[policy] if differentiable else 0,
+        _KEEP[policy] if differentiable else 0, shortcut,
     )  # fmt: skip
     if training and running:
         pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]
@@ -182,7 +185,7 @@ def _statistics(x: Tensor, gram: tuple[Tensor, Tensor] | None, needed: bool) -> 
 
 
 @torch.library.register_fake("proxyless_fast::mbconv")
-def _(x, params, running, mean, cov, stride, activation, training, eps, keep):
+def _(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut=False):
     batch, _, height, width = x.shape
     depthwise, project = params[-6], params[-3]
     wide, narrow = depthwise.shape[0], project.shape[0]
@@ -200,7 +203,7 @@ def _(x, params, running, mean, cov, stride, activation, training, eps, keep):
 
 
 @torch.library.register_fake("proxyless_fast::mbconv_backward")
-def _(grad, x, y, d, statistics, params, mean, cov, stride, activation, training, eps, input, weights):
+def _(grad, x, y, d, statistics, params, mean, cov, stride, activation, training, eps, input, weights, shortcut=False):
     dx = x.new_empty(x.shape).to(memory_format=torch.channels_last) if input else x.new_empty(0)
     return dx, [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if weights else []
 
@@ -213,30 +216,3 @@ def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, 
 @torch.library.register_fake("proxyless_fast::update_running")
 def _(statistics, running, pixels_in, pixels_out, momentum):
     return None
-
-
-def _setup(ctx, inputs, output):
-    x, params, _, mean, cov, *ctx.options, _ = inputs
-    _, y, d, statistics = output
-    ctx.mark_non_differentiable(y, d, statistics)
-    ctx.set_materialize_grads(False)
-    ctx.count, ctx.running = len(params), len(inputs[2])
-    ctx.save_for_backward(x, y, d, statistics, mean, cov, *params)
-
-
-def _backward(ctx, grad, *_):
-    x, y, d, statistics, mean, cov, *params = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    weights = any(needs[1])
-    if grad is None:
-        return (None, [None] * ctx.count, [None] * ctx.running, *[None] * 7)
-    dx, dparams = torch.ops.proxyless_fast.mbconv_backward(
-        grad, x, y, d, statistics, params, mean, cov, *ctx.options, needs[0], weights
-    )
-    dparams = (
-        [g if need else None for g, need in zip(dparams, needs[1], strict=True)] if weights else [None] * ctx.count
-    )
-    return (dx if needs[0] else None, dparams, [None] * ctx.running, *[None] * 7)
-
-
-torch.library.register_autograd("proxyless_fast::mbconv", _backward, setup_context=_setup)

@@ -1,6 +1,6 @@
 """The two reductions a search step runs over whole activations: Gram statistics and the gate dot product.
 
-Each has a plain-torch reference (`*_reference`), the registered op, a fake kernel and an autograd formula.
+Each has a plain-torch reference (`*_reference`), the registered op and a fake kernel; autograd is in csrc/autograd.cpp.
 """
 
 import torch
@@ -48,32 +48,6 @@ def _(x):
 @torch.library.register_fake("proxyless_fast::gate_dot")
 def _(a, b):
     return a.new_empty(())
-
-
-def _gram_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output[0])
-
-
-def _gram_backward(ctx, grad_mean, grad_cov):
-    # cov = (X - m)^T (X - m) / N, and the centred rows sum to zero: d cov passes to X through them alone.
-    x, mean = ctx.saved_tensors
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    grad = (grad_mean / pixels)[:, None, None]
-    symmetric = (grad_cov + grad_cov.t()) / pixels
-    return grad + torch.einsum("ij,bjhw->bihw", symmetric, x - mean[:, None, None])
-
-
-def _dot_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _dot_backward(ctx, grad):
-    a, b = ctx.saved_tensors
-    return grad * b, grad * a
-
-
-torch.library.register_autograd("proxyless_fast::gram", _gram_backward, setup_context=_gram_setup)
-torch.library.register_autograd("proxyless_fast::gate_dot", _dot_backward, setup_context=_dot_setup)
 
 
 # Where no kernel of ours is registered (a GPU without our CUDA part, half precision), the references stand in.

@@ -12,7 +12,7 @@ template <typename T>
 void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
            double* sum_g, double* sum_yg, T* scratch);
 template <typename T>
-void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, T* out);
+void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, const T* add, T* out);
 template <typename T>
 void pair_sums(const T* g, const T* y, int64_t pixels, int64_t c, const T* mean, double* sum_g, double* sum_gy);
 template <typename T>
@@ -22,6 +22,7 @@ template <typename T>
 void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T* dz, int64_t wide_block, T* dx,
                      const ExpandSums<T>& sums, T* scratch);
 template <typename T>
-void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, T* dx, T* scratch);
+void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, const T* add, T* dx,
+               T* scratch);
 
 }  // namespace pf::cpu::PF_ISA

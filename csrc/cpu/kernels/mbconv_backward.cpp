@@ -288,9 +288,10 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
            dx + ((strip.image + i) * f.h + strip.row) * f.w * f.ci);
 }
 
-// dx[pixel] += (x[pixel] - center) * correction + bias, correction given as [blocks(ci)][ci][16].
+// dx[pixel] += (x[pixel] - center) * correction + bias + add[pixel], correction given as [blocks(ci)][ci][16].
 template <typename T>
-void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, T* dx, T* scratch) {
+void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, const T* add, T* dx,
+               T* scratch) {
   using V = Vec<T>;
   for (int64_t p = first; p < last; p += backward_pixels) {
     const int64_t n = p + backward_pixels < last ? backward_pixels : last - p, size = n * lanes;
@@ -301,7 +302,8 @@ void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correct
     for (int64_t i = 0; i < n; ++i)
       for_vectors<T>(f.ci, [&](int64_t c, int width) __attribute__((always_inline)) {
         T* at = dx + (p + i) * f.ci + c;
-        const V v = V::load(out + in_block(c, size) + i * lanes) + V::load(bias + c);
+        V v = V::load(out + in_block(c, size) + i * lanes) + V::load(bias + c);
+        if (add != nullptr) v = v + load_some(add + (p + i) * f.ci + c, width);
         store_some(v + load_some(at, width), at, width);
       });
   }
@@ -312,7 +314,7 @@ void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correct
   template void backward_project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, double*, double*, T*, T*); \
   template void backward_expand(const MBConv<T>&, const Strip&, const T*, const T*, int64_t, T*, const ExpandSums<T>&, \
                                 T*);                                                                                   \
-  template void finish_dx(const MBConv<T>&, int64_t, int64_t, const T*, const T*, T*, T*);
+  template void finish_dx(const MBConv<T>&, int64_t, int64_t, const T*, const T*, const T*, T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 

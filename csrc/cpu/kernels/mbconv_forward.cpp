@@ -185,19 +185,23 @@ void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t 
 }
 
 template <typename T>
-void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, T* out) {
+void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, const T* add, T* out) {
   using V = Vec<T>;
-  for (int64_t p = 0; p < pixels; ++p, y += c, out += c)
+  for (int64_t p = 0; p < pixels; ++p, y += c, out += c) {
     for_vectors<T>(c, [&](int64_t i, int n) __attribute__((always_inline)) {
-      store_some(fma(load_some(y + i, n) - V::load(mean + i), V::load(scale + i), V::load(bias + i)), out + i, n);
+      V v = fma(load_some(y + i, n) - V::load(mean + i), V::load(scale + i), V::load(bias + i));
+      if (add != nullptr) v = v + load_some(add + i, n);
+      store_some(v, out + i, n);
     });
+    if (add != nullptr) add += c;
+  }
 }
 
 #define PF_INSTANTIATE(T)                                                                                     \
   template void expand_depthwise(const MBConv<T>&, const ForwardUnit&, T*, int64_t, Moments*, T*);            \
   template void project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, Moments*, T*);             \
   template void probe(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, Moments&, double*, double*, T*); \
-  template void affine(const T*, int64_t, int64_t, const T*, const T*, const T*, T*);
+  template void affine(const T*, int64_t, int64_t, const T*, const T*, const T*, const T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 

@@ -2,6 +2,7 @@
 #include "kernels/statistics.h"
 
 #include "kernels/gemm.h"
+#include "kernels/gram.h"
 #include "kernels/rows.h"
 #include "kernels/vec.h"
 
@@ -12,7 +13,6 @@ namespace {
 // Partial sums in T run over this many elements before they are added up in double: long enough to be free, short
 // enough that the rounding error does not grow with the image.
 constexpr int64_t dot_block = 4096;
-constexpr int64_t gram_rows = 32;
 
 }  // namespace
 
@@ -43,8 +43,6 @@ double dot(const T* a, const T* b, int64_t n) {
 // those of every block with the blocks after it.
 template <typename T>
 void gram(const Pixels<T>& x, const T* pivot, int64_t first, int64_t last, double* sum, double* gram, T* scratch) {
-  using V = Vec<T>;
-  constexpr int w = V::width;
   const int64_t c = x.channels, n = blocks(c);
   T* packed = scratch;
   T* tile = scratch + n * lanes * gram_rows;  // [block][16][16]
@@ -60,28 +58,7 @@ void gram(const Pixels<T>& x, const T* pivot, int64_t first, int64_t last, doubl
           packed[in_block(i, size) + r * lanes] = i < c ? x.data[at] - pivot[i] : T(0);
         }
     }
-    for (int64_t i = 0; i < n * lanes; i += w) {
-      V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      const T* p = packed + in_block(i, size);
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) s[u] = s[u] + V::load(p + (r + u) * lanes);
-      for (; r < rows; ++r) s[0] = s[0] + V::load(p + r * lanes);
-      const V total = (s[0] + s[1]) + (s[2] + s[3]);
-      for (int j = 0; j < w && i + j < c; ++j) sum[i + j] += static_cast<double>(total.v[j]);
-    }
-    for (int64_t b = 0; b < n; ++b) {
-      const int64_t height = c - b * lanes < lanes ? c - b * lanes : lanes;
-      product<T, true>(height, n - b,
-                       {packed + b * size, 0, packed + b * size, size, rows, tile, lanes * lanes, Out::store});
-      for (int64_t j = b * lanes; j < c; j += lanes) {
-        const int64_t width = c - j < lanes ? c - j : lanes;
-        const T* t = tile + (j - b * lanes) * lanes;
-        for (int64_t i = 0; i < height; ++i, t += lanes)
-          for (int64_t l = 0; l < width; ++l) gram[(b * lanes + i) * c + j + l] += static_cast<double>(t[l]);
-      }
-    }
+    add_gram(packed, rows, c, sum, gram, tile);
   }
 }
 

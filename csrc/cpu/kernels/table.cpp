@@ -1,5 +1,6 @@
 // The table that csrc/cpu/dispatch.cpp chooses from; compiled once per instruction set, like every file here.
 #include "kernels/batch_norm.h"
+#include "kernels/conv.h"
 #include "kernels/mbconv.h"
 #include "kernels/statistics.h"
 
@@ -21,6 +22,9 @@ constexpr KernelsFor<T> entries() {
           .backward_project = backward_project<T>,
           .backward_expand = backward_expand<T>,
           .finish_dx = finish_dx<T>,
+          .conv_gram = conv_gram<T>,
+          .conv_forward = conv_forward<T>,
+          .conv_backward = conv_backward<T>,
           .norm_moments = norm_moments<T>,
           .norm_forward = norm_forward<T>,
           .norm_sums = norm_sums<T>,

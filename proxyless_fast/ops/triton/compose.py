@@ -53,6 +53,7 @@ def mbconv(
     training: bool,
     eps: float,
     keep: int,
+    shortcut: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """proxyless_fast::mbconv: out, y (keep >= 1), d (keep == 2), and the statistics of every norm."""
     block = make_block(x, [params], stride, activation)
@@ -77,6 +78,8 @@ def mbconv(
         y, _, _ = project(block, d, norm2, "train" if keep else "eval", norm3=norm3)
     assert y is not None
     out = y if not training and not keep else normalise(y, norm3)
+    if shortcut:
+        out = out.add_(block.x) if out is not y else out + block.x
     size, none = (block.size[0], *block.size[3:]), block.empty(0)
     return (
         image_of(out, *size),

@@ -30,6 +30,7 @@ def mbconv_backward(
     eps: float,
     input: bool,
     weights: bool,
+    shortcut: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """proxyless_fast::mbconv_backward: dx if `input`, and if `weights` the gradients of params in their order."""
     block = make_block(x, [params], stride, activation)
@@ -50,6 +51,8 @@ def mbconv_backward(
     dx = de if input else None
     if norm1 is not None:
         dx, first = _expand(block, de, norm1, mean, cov, training, input, weights)
+    if shortcut and dx is not None:
+        dx = dx.add_(g)
     result = block.empty(0) if dx is None else image_of(dx, *block.size[:3])
     if dtaps is None or dwp is None:
         return result, []

@@ -1,5 +1,6 @@
-// Scratch memory that outlives a call: a fresh large allocation costs a page fault for every page it touches, which on
-// wide tensors is as slow as the arithmetic.
+// Memory that outlives a call and a step. A fresh large allocation costs a page fault for each page it touches, and the
+// clearing of that page; on wide tensors that is as slow as the arithmetic. Steps of a search ask for much the same
+// sizes again and again, so what they free is kept, as torch keeps memory of a GPU.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -7,6 +8,7 @@
 
 namespace pf {
 
+// Scratch memory of one call.
 class Workspace {
  public:
   explicit Workspace(size_t bytes);
@@ -20,11 +22,13 @@ class Workspace {
 
  private:
   void* memory_;
-  size_t bytes_;
 };
 
-// An uninitialised tensor on huge pages where the system offers them.
+// An uninitialised tensor on kept memory, dense, or channels-last for four dimensions.
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options,
                        at::MemoryFormat format = at::MemoryFormat::Contiguous);
+
+// Gives what is free back to the system.
+void release_memory();
 
 }  // namespace pf
