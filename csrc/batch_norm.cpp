@@ -1,7 +1,6 @@
 // Host entries of batch norm with its activation. The kernels keep x alone for backward, where eager PyTorch keeps the
 // input of each of the two ops.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 #include "activation.h"
 #include "cpu/kernels.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace pf {
 namespace {
@@ -39,8 +39,8 @@ int64_t chunk_rows(int64_t channels) { return std::max<int64_t>(64, (1 << 18) / 
 template <typename Body>
 void for_chunks(int64_t rows, int64_t channels, Body body) {
   const int64_t chunk = chunk_rows(channels), chunks = (rows + chunk - 1) / chunk;
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i, i * chunk, std::min(chunk, rows - i * chunk));
+  share_pieces(chunks, [&](const auto& take) {
+    for (int64_t i = take(); i >= 0; i = take()) body(i, i * chunk, std::min(chunk, rows - i * chunk));
   });
 }
 

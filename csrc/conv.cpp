@@ -1,7 +1,6 @@
 // Host entries of a dense convolution with its batch norm and activation, for few inputs: the statistics follow from
 // the covariance of the windows, so the convolution's own output is never written, and backward computes it again.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 #include "activation.h"
 #include "cpu/kernels.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace pf {
 namespace {
@@ -94,9 +94,10 @@ class Folded {
 
   template <typename Body>
   void for_chunks(int64_t chunks, Body body) const {
-    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    share_pieces(chunks, [&](const auto& take) {
       const Workspace scratch(index(cpu::conv_scratch(f)) * sizeof(T));
-      for (int64_t i = begin; i < end; ++i) body(i, rows() * i / chunks, rows() * (i + 1) / chunks, scratch.as<T>());
+      for (int64_t i = take(); i >= 0; i = take())
+        body(i, rows() * i / chunks, rows() * (i + 1) / chunks, scratch.as<T>());
     });
   }
 

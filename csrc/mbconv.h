@@ -10,10 +10,17 @@
 
 namespace pf {
 
+// Mean and covariance of x in float64, as given or undefined: made once for all candidates of a layer.
+struct Covariance {
+  at::Tensor mean, cov;
+  at::Tensor panel;  // cov as the kernel `quadratic` takes it
+  Covariance(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& cov);
+};
+
 struct Arguments {
   at::Tensor x;                                   // channels-last
   at::Tensor w1, g1, b1, wd, g2, b2, wp, g3, b3;  // w1, g1, b1 undefined if there is no expand convolution
-  at::Tensor mean, cov;                           // of x, float64; undefined if not training or without expand
+  at::Tensor mean, cov, panel;                    // of x (see Covariance); undefined if not training or without expand
   int64_t stride;
   std::string activation;
   bool training;
@@ -22,9 +29,8 @@ struct Arguments {
 };
 
 // Checks every argument once; messages begin with `op`.
-Arguments check(const char* op, const at::Tensor& x, at::TensorList params, const std::optional<at::Tensor>& mean,
-                const std::optional<at::Tensor>& cov, int64_t stride, const std::string& activation, bool training,
-                double eps);
+Arguments check(const char* op, const at::Tensor& x, at::TensorList params, const Covariance& given, int64_t stride,
+                const std::string& activation, bool training, double eps);
 void check_running(const char* op, const Arguments& a, at::TensorList running);
 at::Tensor channels_last(const at::Tensor& t);  // t itself if its memory is already so
 

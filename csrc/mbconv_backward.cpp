@@ -10,6 +10,7 @@
 
 #include "mbconv.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace pf {
 namespace {
@@ -50,7 +51,7 @@ class Partial {
 // Large partial sums (those of a weight) in fewer chunks, one a thread at least: zeroing and adding them up should stay
 // small.
 int64_t chunks_for(int64_t pieces, int64_t bytes) {
-  const int64_t affordable = (2 << 20) / std::max<int64_t>(bytes, 1);
+  const int64_t affordable = (4 << 20) / std::max<int64_t>(bytes, 1);
   return std::min(pieces, std::max<int64_t>(at::get_num_threads(), std::min(affordable, wanted_chunks)));
 }
 
@@ -90,9 +91,11 @@ template <typename T>
 void Block<T>::pack_backward() {
   const T* wp = a.wp.const_data_ptr<T>();
   T* project_out = take(blocks(f.ch) * lanes * f.co);
-  for (int64_t b = 0; b < blocks(f.ch); ++b)
-    for (int64_t k = 0; k < f.co; ++k)
-      std::copy_n(wp + k * f.ch + b * lanes, std::min(lanes, f.ch - b * lanes), project_out + (b * f.co + k) * lanes);
+  at::parallel_for(0, blocks(f.ch), 1 + 4096 / f.co, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t k = 0; k < f.co; ++k)
+        std::copy_n(wp + k * f.ch + b * lanes, std::min(lanes, f.ch - b * lanes), project_out + (b * f.co + k) * lanes);
+  });
   f.project_out = project_out;
   const int64_t k = f.kernel, s = f.stride;
   T* back = take(blocks(f.ch) * lanes * k * k);
@@ -111,10 +114,14 @@ void Block<T>::pack_backward() {
   const T* w1 = a.w1.const_data_ptr<T>();
   const int64_t depth = blocks(f.ch) * lanes;
   T* out = take(blocks(f.ci) * lanes * depth);
-  for (int64_t b = 0; b < blocks(f.ci); ++b)
-    for (int64_t c = 0; c < f.ch; ++c)
-      for (int64_t l = 0; l < std::min(lanes, f.ci - b * lanes); ++l)
-        out[(b * depth + c) * lanes + l] = w1[c * f.ci + b * lanes + l] * static_cast<T>(first.scale[c]);
+  at::parallel_for(0, blocks(f.ci), 1 + 4096 / f.ch, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t c = 0; c < f.ch; ++c) {
+        const T scale = static_cast<T>(first.scale[c]);
+        for (int64_t l = 0; l < std::min(lanes, f.ci - b * lanes); ++l)
+          out[(b * depth + c) * lanes + l] = w1[c * f.ci + b * lanes + l] * scale;
+      }
+  });
   f.expand_out = out;
 }
 
@@ -135,8 +142,8 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   f.mean3 = per_channel(third.mean);
   const int64_t sum_chunks = std::min<int64_t>(wanted_chunks, ceil_div(n_out, 256));
   Partial<double> sums3(sum_chunks, 2 * narrow);
-  at::parallel_for(0, sum_chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  share_pieces(sum_chunks, [&](const auto& take) {
+    for (int64_t i = take(); i >= 0; i = take()) {
       const int64_t p = n_out * i / sum_chunks, last = n_out * (i + 1) / sum_chunks;
       kernels.pair_sums(f.grad + p * f.co, y + p * f.co, last - p, f.co, f.mean3, sums3.part(i),
                         sums3.part(i) + narrow);
@@ -166,10 +173,10 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   const int64_t chunks2 = chunks_for(tiles, dproject_size * static_cast<int64_t>(sizeof(T)));
   Partial<double> sums2(chunks2, 2 * wide);
   Partial<T> dproject(chunks2, dproject_size);
-  at::parallel_for(0, chunks2, 1, [&](int64_t begin, int64_t end) {
+  share_pieces(chunks2, [&](const auto& take) {
     const Workspace memory(static_cast<size_t>(own_scratch + (stream ? 2 * image_size : 0)) * sizeof(T));
     T *scratch = memory.template as<T>(), *own_d = scratch + own_scratch, *own_dz = own_d + image_size;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = take(); i >= 0; i = take()) {
       double *sum = sums2.part(i), *sum_d = sum + wide;
       const int64_t first = tiles * i / chunks2, last = tiles * (i + 1) / chunks2;
       if (!stream) {
@@ -206,12 +213,13 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   T* pdx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
   int64_t scratch1 = 0;
   for (const auto& strip : strips) scratch1 = std::max(scratch1, cpu::strip_scratch(f, strip.images, strip.rows));
-  at::parallel_for(0, chunks1, 1, [&](int64_t begin, int64_t end) {
+  share_pieces(chunks1, [&](const auto& take) {
     const Workspace memory(static_cast<size_t>(scratch1 + (stream ? 2 * image_size + own_scratch : 0)) * sizeof(T));
     T *scratch = memory.template as<T>(), *own_d = scratch + scratch1, *own_dz = own_d + image_size;
     std::vector<double> unused(stream ? static_cast<size_t>(2 * wide) : 0);
     int64_t have = -1;  // the image that own_d and own_dz hold
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t n = take(); n >= 0; n = take()) {
+      const int64_t i = chunks1 - 1 - n;  // what was written last is still in cache
       const cpu::ExpandSums<T> sums = {sums1.part(i), sums1.part(i) + wide, dtaps.part(i), dexpand.part(i)};
       for (int64_t j = pieces * i / chunks1; j < pieces * (i + 1) / chunks1; ++j) {
         cpu::Strip strip = strips[static_cast<size_t>(j)];
@@ -266,10 +274,13 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
           std::copy_n(pq + k * f.ci + b * lanes, std::min(lanes, f.ci - b * lanes), panel + (b * f.ci + k) * lanes);
       const T* pbias = per_channel(bias);
       const int64_t in_tiles = ceil_div(n_in, cpu::backward_pixels);
-      at::parallel_for(0, in_tiles, 4, [&](int64_t begin, int64_t end) {
+      const int64_t pieces_in = std::min(4 * wanted_chunks, in_tiles);
+      share_pieces(pieces_in, [&](const auto& take) {
         const Workspace scratch(static_cast<size_t>(2 * cpu::backward_pixels * lanes * blocks(f.ci)) * sizeof(T));
-        kernels.finish_dx(f, begin * cpu::backward_pixels, std::min(end * cpu::backward_pixels, n_in), panel, pbias,
-                          shortcut ? f.grad : nullptr, pdx, scratch.template as<T>());
+        for (int64_t i = take(); i >= 0; i = take())
+          kernels.finish_dx(f, in_tiles * i / pieces_in * cpu::backward_pixels,
+                            std::min(in_tiles * (i + 1) / pieces_in * cpu::backward_pixels, n_in), panel, pbias,
+                            shortcut ? f.grad : nullptr, pdx, scratch.template as<T>());
       });
     }
   }

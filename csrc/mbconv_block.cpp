@@ -3,6 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include "activation.h"
 #include "mbconv.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace pf {
 namespace {
@@ -103,9 +105,24 @@ void Norm::fold(const Tensor& gamma, double eps) {
   }
 }
 
-Arguments check(const char* op, const Tensor& x, at::TensorList params, const std::optional<Tensor>& mean,
-                const std::optional<Tensor>& cov, int64_t stride, const std::string& activation, bool training,
-                double eps) {
+Covariance::Covariance(const std::optional<Tensor>& given_mean, const std::optional<Tensor>& given_cov) {
+  if (given_mean.has_value()) mean = given_mean->to(at::kDouble).contiguous();
+  if (!given_cov.has_value()) return;
+  cov = given_cov->to(at::kDouble).contiguous();
+  if (cov.dim() != 2 || cov.size(0) != cov.size(1)) return;  // `check` says what is wrong
+  // The upper triangle by blocks, those off the diagonal doubled: [blocks(n)][n][16].
+  const int64_t n = cov.size(0);
+  panel = at::zeros({blocks(n), n, lanes}, cov.options());
+  const double* c = cov.const_data_ptr<double>();
+  double* p = panel.mutable_data_ptr<double>();
+  for (int64_t b = 0; b < blocks(n); ++b)
+    for (int64_t k = 0; k < std::min(n, (b + 1) * lanes); ++k)
+      for (int64_t l = 0; l < std::min(lanes, n - b * lanes); ++l)
+        p[(b * n + k) * lanes + l] = c[k * n + b * lanes + l] * (k < b * lanes ? 2 : 1);
+}
+
+Arguments check(const char* op, const Tensor& x, at::TensorList params, const Covariance& given, int64_t stride,
+                const std::string& activation, bool training, double eps) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op,
                     ": x must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
@@ -142,14 +159,13 @@ Arguments check(const char* op, const Tensor& x, at::TensorList params, const st
     const int64_t out = x.size(0) * ((x.size(2) - 1) / stride + 1) * ((x.size(3) - 1) / stride + 1);
     TORCH_CHECK_VALUE(out > 1, op, ": training needs more than one value per channel, got x of shape ", x.sizes());
     if (a.expand()) {
-      TORCH_CHECK_VALUE(mean.has_value() && cov.has_value(), op,
+      TORCH_CHECK_VALUE(given.mean.defined() && given.cov.defined(), op,
                         ": training with an expand convolution needs mean and cov, as proxyless_fast::gram gives them");
-      TORCH_CHECK_VALUE(mean->sizes() == at::IntArrayRef({ci}), op, ": mean must have shape (", ci, ",), got ",
-                        mean->sizes());
-      TORCH_CHECK_VALUE(cov->sizes() == at::IntArrayRef({ci, ci}), op, ": cov must have shape (", ci, ", ", ci,
-                        "), got ", cov->sizes());
-      a.mean = mean->to(at::kDouble).contiguous();
-      a.cov = cov->to(at::kDouble).contiguous();
+      TORCH_CHECK_VALUE(given.mean.sizes() == at::IntArrayRef({ci}), op, ": mean must have shape (", ci, ",), got ",
+                        given.mean.sizes());
+      TORCH_CHECK_VALUE(given.cov.sizes() == at::IntArrayRef({ci, ci}), op, ": cov must have shape (", ci, ", ", ci,
+                        "), got ", given.cov.sizes());
+      a.mean = given.mean, a.cov = given.cov, a.panel = given.panel;
     }
   }
   a.x = channels_last(x);
@@ -215,14 +231,8 @@ const T* Block<T>::per_channel(const std::vector<double>& v) {
 template <typename T>
 void Block<T>::first_from_batch() {
   const int64_t n = f.ci, rows = 28;  // rows of W at a time
-  const double *cov = a.cov.const_data_ptr<double>(), *given = a.mean.const_data_ptr<double>();
-  std::vector<double> panel(static_cast<size_t>(blocks(n) * lanes * n), 0.0),
-      mean(static_cast<size_t>(blocks(n) * lanes));
-  std::copy_n(given, n, mean.begin());
-  for (int64_t b = 0; b < blocks(n); ++b)
-    for (int64_t k = 0; k < std::min(n, (b + 1) * lanes); ++k)
-      for (int64_t l = 0; l < std::min(lanes, n - b * lanes); ++l)
-        panel[(b * n + k) * lanes + l] = cov[k * n + b * lanes + l] * (k < b * lanes ? 2 : 1);
+  std::vector<double> mean(static_cast<size_t>(blocks(n) * lanes));
+  std::copy_n(a.mean.const_data_ptr<double>(), n, mean.begin());
   Norm norm;
   norm.mean.resize(static_cast<size_t>(f.ch));
   norm.var.resize(static_cast<size_t>(f.ch));
@@ -230,8 +240,9 @@ void Block<T>::first_from_batch() {
   at::parallel_for(0, ceil_div(f.ch, rows), 1 + 200000 / (rows * n * n), [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(static_cast<size_t>(rows * lanes * (blocks(n) + 2)));
     for (int64_t i = begin * rows; i < std::min(end * rows, f.ch); i += rows)
-      cpu::kernels_for<T>().quadratic(w + i * n, std::min(rows, f.ch - i), n, mean.data(), panel.data(),
-                                      norm.mean.data() + i, norm.var.data() + i, scratch.data());
+      cpu::kernels_for<T>().quadratic(w + i * n, std::min(rows, f.ch - i), n, mean.data(),
+                                      a.panel.const_data_ptr<double>(), norm.mean.data() + i, norm.var.data() + i,
+                                      scratch.data());
   });
   for (double& v : norm.var) v = std::max(v, 0.0);
   set_first(std::move(norm));
@@ -304,9 +315,9 @@ Norm Block<T>::depthwise(T* d, bool moments) const {
   const int64_t units = by_image * by_block * by_row, block_channels = blocks(f.ch) * lanes;
   PartialMoments partial(moments ? by_image * by_row : 0, block_channels);
   const int64_t own_block = images * f.ho * f.wo * lanes, own = d == nullptr ? blocks(f.ch) * own_block : 0;
-  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+  share_pieces(units, [&](const auto& take) {
     const Workspace scratch(static_cast<size_t>(cpu::forward_scratch(f, images) + own) * sizeof(T));
-    for (int64_t u = begin; u < end; ++u) {
+    for (int64_t u = take(); u >= 0; u = take()) {
       const int64_t i = u / (by_block * by_row), r = u / by_block % by_row, b = u % by_block;
       const int64_t block = groups * b / by_block * cpu::group, row = f.ho * r / by_row;
       const cpu::ForwardUnit unit = {
@@ -333,20 +344,21 @@ void Block<T>::for_outputs(const T* d, int64_t chunks, Body body) const {
   const int64_t pieces = d == nullptr ? f.images : ceil_div(pixels_out(), tile);
   const int64_t wide = d == nullptr ? blocks(f.ch) * pixels * lanes : 0;
   const int64_t size = std::max(d == nullptr ? cpu::forward_scratch(f, 1) : 0, cpu::project_scratch(f));
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  share_pieces(chunks, [&](const auto& take) {
     const Workspace memory(static_cast<size_t>(wide + size) * sizeof(T));
     T *own = memory.as<T>(), *scratch = own + wide;
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t i = take(); i >= 0; i = take()) {
+      const int64_t c = chunks - 1 - i;  // what was written last is still in cache
       const int64_t first = pieces * c / chunks, last = pieces * (c + 1) / chunks;
       if (d != nullptr) {
         body(f, first * tile, std::min(last * tile, pixels_out()), d, wide_block(), scratch, c, int64_t{0});
         continue;
       }
-      for (int64_t i = first; i < last; ++i) {
-        const cpu::MBConv<T> one = image(i);
+      for (int64_t j = first; j < last; ++j) {
+        const cpu::MBConv<T> one = image(j);
         cpu::kernels_for<T>().expand_depthwise(one, {0, 1, 0, blocks(f.ch), 0, f.ho}, own, pixels * lanes, nullptr,
                                                scratch);
-        body(one, int64_t{0}, pixels, static_cast<const T*>(own), pixels * lanes, scratch, c, i);
+        body(one, int64_t{0}, pixels, static_cast<const T*>(own), pixels * lanes, scratch, c, j);
       }
     }
   });

@@ -5,9 +5,12 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "memory.h"
+#include "parallel.h"
 
 namespace pf {
 namespace {
@@ -74,29 +77,32 @@ std::tuple<Tensor, Tensor> gram(const Tensor& input) {
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "gram", [&] {
     const auto pixels = as_pixels<scalar_t>(x);
     // A pivot near the mean saves the digits that the squares of far values would cost: the mean of a few pixels.
+    std::vector<double> near(static_cast<size_t>(c), 0.0);
     std::vector<scalar_t> pivot(static_cast<size_t>(c));
     const int64_t sampled = std::min<int64_t>(rows, 64), step = rows / sampled;
-    for (int64_t i = 0; i < c; ++i) {
-      double s = 0;
-      for (int64_t k = 0; k < sampled; ++k) {
-        const int64_t row = k * step, n = row / pixels.pixels, p = row % pixels.pixels;
-        s += static_cast<double>(pixels.data[n * pixels.stride_n + p * pixels.stride_p + i * pixels.stride_c]);
-      }
-      pivot[static_cast<size_t>(i)] = static_cast<scalar_t>(s / static_cast<double>(sampled));
+    for (int64_t k = 0; k < sampled; ++k) {
+      const int64_t row = k * step, n = row / pixels.pixels, p = row % pixels.pixels;
+      const auto* values = pixels.data + n * pixels.stride_n + p * pixels.stride_p;
+      for (int64_t i = 0; i < c; ++i) near[static_cast<size_t>(i)] += static_cast<double>(values[i * pixels.stride_c]);
     }
-    const auto size = static_cast<size_t>(c + c * c);
-    std::vector<double> partial(static_cast<size_t>(chunks) * size, 0.0);
-    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> scratch(static_cast<size_t>(cpu::gram_scratch(c)));
-      for (int64_t i = begin; i < end; ++i) {
-        double* sum = partial.data() + static_cast<size_t>(i) * size;
+    for (size_t i = 0; i < near.size(); ++i) pivot[i] = static_cast<scalar_t>(near[i] / static_cast<double>(sampled));
+    const int64_t size = c + c * c;
+    const Workspace memory(static_cast<size_t>(chunks * size) * sizeof(double));
+    auto* partial = memory.as<double>();
+    share_pieces(chunks, [&](const auto& take) {
+      const Workspace scratch(static_cast<size_t>(cpu::gram_scratch(c)) * sizeof(scalar_t));
+      for (int64_t i = take(); i >= 0; i = take()) {
+        double* sum = partial + i * size;
+        std::fill_n(sum, size, 0.0);
         cpu::kernels_for<scalar_t>().gram(pixels, pivot.data(), i * chunk, std::min(rows, (i + 1) * chunk), sum,
-                                          sum + c, scratch.data());
+                                          sum + c, scratch.as<scalar_t>());
       }
     });
-    for (int64_t i = 1; i < chunks; ++i)
-      for (size_t j = 0; j < size; ++j) partial[j] += partial[static_cast<size_t>(i) * size + j];
-    const double* sum = partial.data();
+    at::parallel_for(0, size, 1 << 13, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 1; i < chunks; ++i)
+        for (int64_t j = begin; j < end; ++j) partial[j] += partial[i * size + j];
+    });
+    const double* sum = partial;
     const double* second = sum + c;
     const double n = static_cast<double>(rows);
     auto* pm = mean.mutable_data_ptr<scalar_t>();

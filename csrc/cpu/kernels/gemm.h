@@ -11,6 +11,25 @@ namespace pf::cpu::PF_ISA {
 
 enum class Out { store, add, clamp };  // C = AB, C += AB, C = clamp(AB + bias)
 
+// Brings the next tile of a wide tensor (or of two alike) into the second-level cache, line by line between the steps
+// of a product: the product is bound by the multipliers, and what comes after it would wait for memory.
+template <typename T>
+struct Ahead {
+  const T* next;
+  int64_t block_size, pixels, left;
+  const T* also = nullptr;
+  int64_t pixel = 0;
+  PF_INLINE void one() {
+    if (left == 0) return;
+    __builtin_prefetch(next + pixel * lanes, 0, 2);
+    if (also != nullptr) __builtin_prefetch(also + pixel * lanes, 0, 2);
+    --left;
+    if (++pixel < pixels) return;
+    pixel = 0, next += block_size;
+    if (also != nullptr) also += block_size;
+  }
+};
+
 template <typename T>
 struct Product {
   const T* a;  // [k / 16][a_block elements: row * 16 + k % 16], or transposed [k * 16 + row]
@@ -23,6 +42,7 @@ struct Product {
   Out out;
   const T* bias = nullptr;  // [block][16]
   T low = 0, high = 0;
+  Ahead<T>* ahead = nullptr;
 };
 
 template <typename T>
@@ -64,8 +84,14 @@ void product_tile(const Product<T>& p) {
     int64_t k = p.k;
     for (; k >= lanes; k -= lanes, a += p.a_block)
 #pragma GCC unroll 4
-      for (int i = 0; i < lanes; ++i) rank_one(a + i);
-    for (int i = 0; i < k; ++i) rank_one(a + i);
+      for (int i = 0; i < lanes; ++i) {
+        rank_one(a + i);
+        if (p.ahead != nullptr) p.ahead->one();
+      }
+    for (int i = 0; i < k; ++i) {
+      rank_one(a + i);
+      if (p.ahead != nullptr) p.ahead->one();
+    }
   }
   const V low = V::broadcast(p.low), high = V::broadcast(p.high);
 #pragma GCC unroll 16

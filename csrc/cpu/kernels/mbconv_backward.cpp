@@ -174,9 +174,12 @@ void backward_project(const MBConv<T>& f, int64_t first, int64_t last, const T* 
       });
     for (int64_t b = 0; b < blocks(f.ch); b += group) {
       const int64_t count = b + group < blocks(f.ch) ? group : blocks(f.ch) - b;
-      product<T>(n, count,
-                 {dy, n * lanes, f.project_out + b * f.co * lanes, f.co * lanes, f.co, dz + b * wide_block + p * lanes,
-                  wide_block, Out::store});
+      Ahead<T> ahead = {d + b * wide_block + p * lanes, wide_block, n, n * count};
+      Product<T> back = {dy,           n * lanes, f.project_out + b * f.co * lanes,
+                         f.co * lanes, f.co,      dz + b * wide_block + p * lanes,
+                         wide_block,   Out::store};
+      back.ahead = &ahead;
+      product<T>(n, count, back);
       with_activation<T>(f, [&](auto act) {
         for (int64_t j = 0; j < count; ++j)
           for (int64_t v = 0; v < lanes; v += w) {
@@ -230,10 +233,15 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
   for (int64_t b = 0; b < blocks(f.ch); b += group) {
     const int64_t count = b + group < blocks(f.ch) ? group : blocks(f.ch) - b;
     T* expanded = f.expand ? h : packed + b * size;
-    if (f.expand)
-      product<T>(pixels, count,
-                 {packed, size, f.expand_in + b * f.ci * lanes, f.ci * lanes, f.ci, h, size, Out::clamp,
-                  f.expand_bias + b * lanes, f.low, f.high});
+    if (f.expand) {
+      const int64_t reached = reach.last > reach.first ? reach.last - reach.first : 0;
+      const int64_t rows = strip.images > 1 ? strip.images * f.ho : reached;
+      const int64_t start = b * wide_block + ((strip.image * f.ho + reach.first) * f.wo) * lanes;
+      Ahead<T> ahead = {d + start, wide_block, rows * f.wo, rows * f.wo * count, dz + start};
+      Product<T> expand = {packed, size,       f.expand_in + b * f.ci * lanes, f.ci * lanes, f.ci,   h,
+                           size,   Out::clamp, f.expand_bias + b * lanes,      f.low,        f.high, &ahead};
+      product<T>(pixels, count, expand);
+    }
     T* q_out = f.expand ? q : dx_tile + b * size;
     for (int64_t j = 0; j < count; ++j) {
       const T* hj = expanded + j * size;

@@ -91,7 +91,11 @@ void projected(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int6
   for (int64_t p = first; p < last; p += most) {
     const int64_t n = p + most < last ? most : last - p;
     activate(f, d + p * lanes, d_block, n, z);
-    product<T>(n, blocks(f.co), {z, n * lanes, f.project_in, f.ch * lanes, f.ch, y, n * lanes, Out::store});
+    const int64_t after = last - p - n < most ? last - p - n : most;
+    Ahead<T> ahead = {d + (p + n) * lanes, d_block, after, after * blocks(f.ch)};
+    Product<T> project = {z, n * lanes, f.project_in, f.ch * lanes, f.ch, y, n * lanes, Out::store};
+    project.ahead = &ahead;
+    product<T>(n, blocks(f.co), project);
     body(p, n, y);
   }
 }
