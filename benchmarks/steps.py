@@ -93,7 +93,7 @@ def unfit(subject: Subject, settings: Settings, path: Paths) -> str | None:
     """Why a baseline's activations would not fit into this machine's memory, judged by a step at batch 2; else None."""
     needed = saved_bytes(subject, settings.data(2), path, "weight") * settings.batch / 2
     available = available_bytes()
-    if needed < 0.8 * available:
+    if needed < 0.4 * available:  # the peak is measured in a second process, beside this one
         return None
     return f"it needs {needed / 1e9:.1f} GB for activations, and {available / 1e9:.1f} GB are available"
 

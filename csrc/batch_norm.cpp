@@ -3,6 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -171,11 +172,45 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, c
   return {dx, dweight, dbias};
 }
 
+Tensor norm_dot(const Tensor& grad, const Tensor& input, const Tensor& statistics, const Tensor& gamma,
+                const Tensor& beta, double eps) {
+  check("norm_dot", input, gamma, beta, "identity");
+  const int64_t channels = input.size(1), rows = input.numel() / channels;
+  TORCH_CHECK_VALUE(grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type(),
+                    "norm_dot: grad must have the shape and dtype of y, ", input.sizes(), ", got ", grad.sizes());
+  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() >= 2 * channels,
+                    "norm_dot: statistics must end in ", 2 * channels, " float64 values, got ", statistics.numel(),
+                    " of ", statistics.scalar_type());
+  const Tensor y = input.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast);
+  double total = 0;
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "norm_dot", [&] {
+    const double* own = statistics.const_data_ptr<double>() + statistics.numel() - 2 * channels;
+    const Folded<scalar_t> norm(gamma, beta, own, "identity", eps);
+    const int64_t chunks = (rows + chunk_rows(channels) - 1) / chunk_rows(channels), size = 2 * channels;
+    std::vector<double> sums(static_cast<size_t>(chunks * size), 0.0);
+    for_chunks(rows, channels, [&](int64_t i, int64_t first, int64_t n) {
+      double* sum = sums.data() + i * size;
+      cpu::kernels_for<scalar_t>().pair_sums(g.const_data_ptr<scalar_t>() + first * channels,
+                                             y.const_data_ptr<scalar_t>() + first * channels, n, channels, norm.f.mean,
+                                             sum, sum + channels);
+    });
+    const Tensor w = gamma.contiguous();
+    for (int64_t i = 0; i < chunks; ++i)
+      for (int64_t c = 0; c < channels; ++c)
+        total += sums[static_cast<size_t>(i * size + c)] * static_cast<double>(norm.f.bias[c]) +
+                 sums[static_cast<size_t>(i * size + channels + c)] * norm.inverse[static_cast<size_t>(c)] *
+                     static_cast<double>(w.const_data_ptr<scalar_t>()[c]);
+  });
+  return at::scalar_tensor(total, y.options());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(proxyless_fast, CPU, m) {
   m.impl("batch_norm_act", &batch_norm_act);
   m.impl("batch_norm_act_backward", &batch_norm_act_backward);
+  m.impl("norm_dot", &norm_dot);
 }
 
 }  // namespace pf

@@ -5,6 +5,8 @@
 TORCH_LIBRARY(proxyless_fast, m) {
   m.def("gram(Tensor x) -> (Tensor mean, Tensor cov)");
   m.def("gate_dot(Tensor a, Tensor b) -> Tensor");
+  // <grad, BN(y)>, statistics ending in the mean and the variance of the norm.
+  m.def("norm_dot(Tensor grad, Tensor y, Tensor statistics, Tensor gamma, Tensor beta, float eps) -> Tensor");
 
   // params: expand weight, gamma, beta (absent where there is no expand convolution), depthwise weight, gamma, beta,
   // project weight, gamma, beta. running: mean and variance of each of the batch norms, in the same order; read only if

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .engine import Fused, Norm, count_batch, has_hooks, norm_of, parameter
 from .ops.batch_norm import batch_norm_act, can_run_batch_norm_act
 from .ops.conv import can_run_conv_norm_act, conv_norm_act
-from .ops.mbconv import can_run_mbconv, mbconv, probe
+from .ops.mbconv import can_run_mbconv, mbconv, mbconv_before_norm, probe
 from .ops.statistics import gram
 from .shapes import OpShape, conv_output
 
@@ -23,6 +23,17 @@ _ACTIVATIONS = {"relu6": nn.ReLU6, "relu": nn.ReLU, "silu": nn.SiLU, "hardswish"
 
 
 Gram = tuple[Tensor, Tensor]  # mean (C,) and covariance (C, C) of a tensor's pixels
+
+
+class Kept(NamedTuple):
+    """What the gate gradients of a layer need of its active path: y before the last norm, the norm, x's statistics."""
+
+    y: Tensor
+    statistics: Tensor
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+    gram: Gram | None
 
 
 def activation(name: str) -> nn.Module:
@@ -103,7 +114,7 @@ class MBConv(nn.Module):
         return f"{self.kernel_size}x{self.kernel_size}_MBConv{self.expand_ratio}"
 
     def forward(self, x: Tensor, gram: Gram | None = None, shortcut: bool = False) -> Tensor:
-        """x (B, in, H, W) to the output; gram: of x, where the caller has it (see `gram_of`); shortcut: add x to it."""
+        """x (B, in, H, W) to the output; gram: of x, where the caller has it; shortcut: add x to the output."""
         _, plan = self._plan(x)
         if plan is None:
             y = x if self.inverted_bottleneck is None else self.inverted_bottleneck(x)
@@ -111,17 +122,27 @@ class MBConv(nn.Module):
             return y + x if shortcut else y
         if plan.norm.training:
             count_batch(plan.norms)
-        return mbconv(
-            x,
-            plan.params,
-            plan.running,
-            stride=self.stride,
-            activation=self.act,
-            policy=self.policy,
-            gram=gram,
-            shortcut=shortcut,
-            **plan.norm._asdict(),
+        return mbconv(x, plan.params, plan.running, **self._options(plan), gram=gram, shortcut=shortcut)
+
+    def gated(self, x: Tensor, shortcut: bool = False) -> tuple[Tensor, Kept | None]:
+        """The output, and what a gate's gradient needs of it; (output without the shortcut, None) where not fused."""
+        _, plan = self._plan(x)
+        if plan is None or has_hooks(self):
+            return self(x), None
+        if plan.norm.training:
+            count_batch(plan.norms)
+        shared = gram(x.detach()) if plan.norm.training and self.expand_ratio > 1 else None
+        out, y, statistics = mbconv_before_norm(
+            x, plan.params, plan.running, **self._options(plan), gram=shared, shortcut=shortcut
         )
+        return out, Kept(y.detach(), statistics, plan.params[-2], plan.params[-1], plan.norm.eps, shared)
+
+    def _options(self, plan: Fused) -> dict[str, Any]:
+        return dict(stride=self.stride, activation=self.act, policy=self.policy, **plan.norm._asdict())
+
+    def with_shortcut(self, x: Tensor) -> Tensor:
+        """self(x) + x, with the sum where the output is written anyway."""
+        return self(x, shortcut=True)
 
     def fused(self, x: Tensor) -> tuple[bool, str]:
         """Whether the fused op takes x: (True, ""), or (False, why not, in words)."""
@@ -163,15 +184,6 @@ class MBConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels} -> {self.out_channels}, {self.name}, stride {self.stride}"
-
-
-def gram_of(block: nn.Module, x: Any) -> Gram | None:
-    """Mean and covariance of x, if running `block` on it as a fused op takes them: to share with other candidates."""
-    if isinstance(block, MBConv) and block.expand_ratio > 1 and isinstance(x, Tensor) and not has_hooks(block):
-        _, plan = block._plan(x)
-        if plan is not None and plan.norm.training:
-            return gram(x.detach())
-    return None
 
 
 def probe_fused(
@@ -452,12 +464,10 @@ class ResidualBlock(nn.Module):
         op = self.mobile_inverted_conv
         if not self.shortcut:
             return op(x)
-        path = getattr(op, "path", op)  # of a mixed op, the candidate that runs if nothing else does
-        if isinstance(path, Zero):
+        if isinstance(op, Zero):
             return x
-        if isinstance(path, MBConv) and not has_hooks(op, path):
-            return path(x, shortcut=True)
-        return op(x) + x
+        run = None if has_hooks(op) else getattr(op, "with_shortcut", None)  # MBConv and MixedOp have it
+        return op(x) + x if run is None else run(x)
 
 
 _NAMES = (

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .blocks import Gram, Zero, gram_of, probe_fused
+from .blocks import Gram, Kept, MBConv, Zero, probe_fused
+from .engine import has_hooks
+from .ops.batch_norm import norm_dot
 from .ops.statistics import dot
 
 Mode = Literal["path", "full", "two", "sum", "softmax"]
@@ -152,16 +154,6 @@ class MixedOp(nn.Module):
         self.alpha[gone.to(self.alpha.device)] = -torch.inf
         return [name for name, pruned in zip(self.names, gone.tolist(), strict=True) if pruned]
 
-    @property
-    def path(self) -> nn.Module | None:
-        """The candidate whose output is this op's, where nothing else is to be done; else None."""
-        alone = self.mode == "path" or (self.mode in ("full", "two") and not self._gates_wanted)
-        return self.candidates[self.active] if alone else None
-
-    @property
-    def _gates_wanted(self) -> bool:
-        return torch.is_grad_enabled() and self.alpha.requires_grad
-
     # The index of the active path is data to a compiled graph around this op, which would otherwise be compiled anew
     # for every path: the graph breaks here, and the candidates are compiled each for itself.
     @torch.compiler.disable(recursive=False)
@@ -169,11 +161,32 @@ class MixedOp(nn.Module):
         if self.mode in ("sum", "softmax"):
             return self._all_paths(args, kwargs)
         candidate = self.candidates[self.active]
-        if self.mode == "path" or not self._gates_wanted:
+        if not self._gates_wanted:
             return candidate(*args, **kwargs)
-        gram = gram_of(candidate, args[0]) if len(args) == 1 and not kwargs else None
-        output = candidate(*args, **kwargs) if gram is None else candidate(args[0], gram=gram)
-        return _attach_gates(self, args, kwargs, output, gram)
+        if isinstance(candidate, MBConv) and len(args) == 1 and not kwargs:
+            output, kept = candidate.gated(args[0])
+            return _attach_gates(self, args, kwargs, output, kept)
+        return _attach_gates(self, args, kwargs, candidate(*args, **kwargs), None)
+
+    @torch.compiler.disable(recursive=False)
+    def with_shortcut(self, x: Tensor) -> Tensor:
+        """self(x) + x, with the sum where the output is written anyway if the active candidate is an MBConv."""
+        candidate = self.candidates[self.active]
+        if self.mode in ("sum", "softmax") or has_hooks(candidate):
+            return self(x) + x
+        if not self._gates_wanted and isinstance(candidate, Zero):
+            return x
+        if not isinstance(candidate, MBConv):
+            return self(x) + x
+        if not self._gates_wanted:
+            return candidate.with_shortcut(x)
+        output, kept = candidate.gated(x, shortcut=True)
+        output = _attach_gates(self, (x,), {}, output, kept)
+        return output + x if kept is None else output
+
+    @property
+    def _gates_wanted(self) -> bool:
+        return self.mode in ("full", "two") and torch.is_grad_enabled() and self.alpha.requires_grad
 
     def _all_paths(self, args: tuple, kwargs: dict) -> Any:
         weights = self.probabilities() if self.mode == "softmax" else [1] * len(self)
@@ -202,14 +215,14 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _attach_gates(op: MixedOp, args: tuple, kwargs: dict, output: Any, gram: Gram | None) -> Any:
-    """The output, with the gates' backward attached to its floating-point tensors."""
+def _attach_gates(op: MixedOp, args: tuple, kwargs: dict, output: Any, kept: Kept | None) -> Any:
+    """The output, with the gates' backward attached to its floating-point tensors; kept: see MBConv.gated."""
     leaves, spec = pytree.tree_flatten(output)
     places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
     if not places:
         raise ValueError(f"candidate {op.names[op.active]!r} must output a floating-point tensor, got none")
     inputs, input_spec = pytree.tree_flatten((args, kwargs))
-    gated = _Gates.apply(op, inputs, input_spec, gram, op.alpha, *(leaves[i] for i in places))
+    gated = _Gates.apply(op, inputs, input_spec, kept, op.alpha, *(leaves[i] for i in places))
     for place, tensor in zip(places, gated, strict=True):
         leaves[place] = tensor
     return pytree.tree_unflatten(leaves, spec)
@@ -222,29 +235,36 @@ class _Gates(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, op: MixedOp, inputs: list, input_spec: Any, gram: Gram | None, alpha: Tensor, *outputs: Tensor):
+    def forward(ctx, op: MixedOp, inputs: list, input_spec: Any, kept: Kept | None, alpha: Tensor, *outputs: Tensor):
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-        ctx.op, ctx.input_spec, ctx.gram, ctx.outputs = op, input_spec, gram, len(outputs)
+        ctx.op, ctx.input_spec = op, input_spec
         ctx.gated, ctx.pair = op.gated(), op.mode == "two"
         device = outputs[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(alpha, *outputs, *tensors)
+        ctx.eps, ctx.gram = (None, None) if kept is None else (kept.eps, kept.gram)
+        own = outputs if kept is None else (kept.y, kept.statistics, kept.gamma, kept.beta)
+        ctx.own = len(own)
+        ctx.save_for_backward(alpha, *own, *tensors)
         return tuple(y.view_as(y) for y in outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None):
         alpha, *saved = ctx.saved_tensors
-        outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
+        own, tensors = saved[: ctx.own], saved[ctx.own :]
         if all(g is None for g in grads) or not ctx.needs_input_grad[4]:
             return None, None, None, None, None, *grads
         inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
         args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
         device, dtype, enabled = ctx.autocast
         with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
-            gates = [_gate(grads, outputs)]
+            if ctx.eps is not None and grads[0] is not None:
+                y, statistics, gamma, beta = own
+                gates = [norm_dot(grads[0], y, statistics, gamma, beta, ctx.eps)]
+            else:
+                gates = [_gate(grads, own)]
             gates += _probes(ctx.op, ctx.gated[1:], args, kwargs, grads, ctx.gram)
         gradient = _alpha_gradient(alpha, dict(zip(ctx.gated, gates, strict=True)), ctx.pair)
         return None, None, None, None, gradient, *grads

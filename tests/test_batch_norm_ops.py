@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from proxyless_fast.ops.batch_norm import ACTIVATIONS, batch_norm_act, batch_norm_act_reference
+from proxyless_fast.ops.batch_norm import (
+    ACTIVATIONS,
+    batch_norm_act,
+    batch_norm_act_reference,
+    norm_dot,
+    norm_dot_reference,
+)
 
 ops = torch.ops.proxyless_fast
 
@@ -79,6 +85,34 @@ def test_opcheck():
         torch.library.opcheck(
             ops.batch_norm_act.default, (x, weight, bias, [mean, var], "relu6", True, 1e-3), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_norm_dot(name):
+    y = CASES[name]
+    weight, bias, _, _ = parameters(y)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+    statistics = torch.cat(
+        [torch.zeros(4), y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), correction=0)]
+    ).double()
+    truth = norm_dot_reference(*(t.double() for t in (grad, y, statistics, weight, bias)), 1e-3)
+    eager = norm_dot_reference(grad, y, statistics, weight, bias, 1e-3)
+    ours = norm_dot(grad, y, statistics, weight, bias, 1e-3)
+    rounding = 1e-7 * (grad.abs().sum() * weight.abs().max()).double()
+    assert (ours - truth).abs() <= 2 * (eager - truth).abs() + rounding
+    exact = norm_dot(grad.double(), y.double(), statistics, weight.double(), bias.double(), 1e-3)
+    torch.testing.assert_close(exact, truth, rtol=1e-9, atol=1e-10)
+    torch.library.opcheck(ops.norm_dot.default, (grad, y, statistics, weight, bias, 1e-3))
+
+
+@pytest.mark.parametrize("change", [{"grad": torch.zeros(2, 4, 3, 2)}, {"statistics": torch.zeros(8)}])
+def test_norm_dot_wrong_arguments(change):
+    y = torch.randn(2, 4, 3, 3)
+    arguments = dict(
+        grad=y, y=y, statistics=torch.zeros(8).double(), gamma=torch.ones(4), beta=torch.zeros(4), eps=1e-3
+    )
+    with pytest.raises(ValueError, match="norm_dot: "):
+        norm_dot(**{**arguments, **change})
 
 
 def test_bits_do_not_depend_on_threads():

@@ -1,7 +1,7 @@
-// The MBConv kernels without torch, for sanitizers and valgrind: every buffer is a heap block of exactly the size that
-// csrc/cpu/mbconv.h names, filled with NaN, so that a read or write outside, or of what was never written, is seen.
-// Checked: d, y and the gradients of all passes against plain loops in double, for each instruction set this machine
-// has.
+// The kernels of MBConv and of the stem without torch, for sanitizers and valgrind: every buffer is a heap block of
+// exactly the size that csrc/cpu/mbconv.h names, filled with NaN, so that a read or write outside, or of what was never
+// written, is seen. Checked: d, y and the gradients of all passes against plain loops in double, for each instruction
+// set this machine has.
 #include "cpu/kernels.h"
 
 #include <algorithm>
@@ -215,6 +215,63 @@ void run(const KernelsFor<T>& kernels, int64_t images, int64_t ci, int64_t ratio
                     quadratic_memory.get());
 }
 
+// A dense convolution with its activation: output, gradient sums and window sums against plain loops.
+template <typename T>
+void run_conv(const KernelsFor<T>& kernels, int64_t images, int64_t ci, int64_t co, int64_t h, int64_t w, int64_t k,
+              int64_t s) {
+  const double tolerance = sizeof(T) == 4 ? 2e-3 : 1e-10;
+  Conv<T> f{};
+  f.images = images, f.ci = ci, f.co = co, f.h = h, f.w = w, f.kernel = k, f.stride = s;
+  f.ho = (h - 1) / s + 1, f.wo = (w - 1) / s + 1;
+  f.activation = Activation::clamp, f.low = 0, f.high = 6;
+  const int64_t n = depth(f), rows = images * f.ho, pixels = rows * f.wo;
+  Buffer<T> x(images * h * w * ci), weight(co * n), grad(pixels * co), center(blocks(n) * lanes, 0),
+      bias(blocks(co) * lanes, 0), panel(blocks(co) * n * lanes, 0), out(pixels * co), scratch(conv_scratch(f)),
+      products(blocks(co) * n * lanes, 0);
+  for (auto* b : {&x, &weight, &grad}) b->draw();
+  for (int64_t i = 0; i < n; ++i) center[i] = static_cast<T>(0.125);
+  for (int64_t o = 0; o < co; ++o) {
+    bias[o] = static_cast<T>(0.5);
+    for (int64_t i = 0; i < n; ++i) panel[(o / lanes * n + i) * lanes + o % lanes] = weight[o * n + i];
+  }
+  f.x = x.get(), f.center = center.get(), f.weight = panel.get(), f.bias = bias.get();
+  Buffer<double> sum(n, 0), gram(n * n, 0), sum_q(co, 0);
+  kernels.conv_gram(f, 0, rows, sum.get(), gram.get(), scratch.get());
+  kernels.conv_forward(f, 0, rows, out.get(), scratch.get());
+  kernels.conv_backward(f, 0, rows, grad.get(), sum_q.get(), products.get(), scratch.get());
+
+  std::vector<double> window(n), sums(n, 0), squares(n * n, 0), q_sum(co, 0), q_window(co * n, 0);
+  for (int64_t p = 0; p < pixels; ++p) {
+    const int64_t image = p / (f.ho * f.wo), y = p / f.wo % f.ho, column = p % f.wo;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = y * s - k / 2 + i / (k * ci), c = column * s - k / 2 + i / ci % k;
+      const bool inside = r >= 0 && r < h && c >= 0 && c < w;
+      window[i] = (inside ? double(x[((image * h + r) * w + c) * ci + i % ci]) : 0) - double(center[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      sums[i] += window[i];
+      for (int64_t j = i; j < n; ++j) squares[i * n + j] += window[i] * window[j];
+    }
+    for (int64_t o = 0; o < co; ++o) {
+      double u = bias[o];
+      for (int64_t i = 0; i < n; ++i) u += window[i] * double(weight[o * n + i]);
+      const double value = std::min(std::max(u, 0.0), 6.0), q = u > 0 && u < 6 ? double(grad[p * co + o]) : 0;
+      expect("conv", out[p * co + o], value, tolerance);
+      q_sum[o] += q;
+      for (int64_t i = 0; i < n; ++i) q_window[o * n + i] += q * window[i];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    expect("sum of windows", sum[i], sums[i], 10 * tolerance);
+    for (int64_t j = i; j < n; ++j) expect("gram of windows", gram[i * n + j], squares[i * n + j], 10 * tolerance);
+  }
+  for (int64_t o = 0; o < co; ++o) {
+    expect("sum q", sum_q[o], q_sum[o], 10 * tolerance);
+    for (int64_t i = 0; i < n; ++i)
+      expect("sum q window", products[(o / lanes * n + i) * lanes + o % lanes], q_window[o * n + i], 10 * tolerance);
+  }
+}
+
 }  // namespace
 
 }  // namespace pf::cpu
@@ -227,6 +284,12 @@ int main() {
   for (const auto& s : shapes) {
     pf::cpu::run<float>(table.f32, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
     pf::cpu::run<double>(table.f64, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
+  }
+  const int64_t convs[][7] = {
+      {2, 3, 32, 9, 12, 3, 2}, {1, 1, 5, 3, 300, 5, 1}, {3, 7, 17, 2, 1, 3, 1}, {1, 1, 3, 4, 6, 7, 3}};
+  for (const auto& s : convs) {
+    pf::cpu::run_conv<float>(table.f32, s[0], s[1], s[2], s[3], s[4], s[5], s[6]);
+    pf::cpu::run_conv<double>(table.f64, s[0], s[1], s[2], s[3], s[4], s[5], s[6]);
   }
   std::printf("%s: %s\n", table.name, pf::cpu::failures == 0 ? "clean" : "FAILED");
   return pf::cpu::failures == 0 ? 0 : 1;

@@ -55,6 +55,25 @@ def batch_norm_act(
     return out
 
 
+def norm_dot_reference(grad: Tensor, y: Tensor, statistics: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """`norm_dot` in plain torch."""
+    mean, var = (s.view(1, -1, 1, 1).to(gamma.dtype) for s in statistics[-2 * len(gamma) :].chunk(2))
+    scale, shift = gamma.view(1, -1, 1, 1) / (var + eps).sqrt(), beta.view(1, -1, 1, 1)
+    return (grad * ((y - mean) * scale + shift)).sum()
+
+
+def norm_dot(grad: Tensor, y: Tensor, statistics: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """<grad, BN(y)> with BN(y) never written: the gate gradient (ProxylessNAS eq. 5) of a block that ends in a norm.
+
+    grad, y: (B, C, H, W) of one dtype. statistics: float64, ending in the norm's mean and variance (C,) each, as
+    `proxyless_fast::mbconv` returns them. gamma, beta: (C,). Returns a scalar tensor; no autograd. In one pass and in
+    float64 sums for float32 and float64 on the CPU, elsewhere by the reference. Raises ValueError for wrong shapes.
+    """
+    if y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64):
+        return torch.ops.proxyless_fast.norm_dot(grad, y, statistics, gamma, beta, eps)
+    return norm_dot_reference(grad, y, statistics, gamma, beta, eps)
+
+
 def can_run_batch_norm_act(x: Tensor, weight: Tensor, *, activation: str = "relu6") -> tuple[bool, str]:
     """Whether the kernels take these arguments: (True, "") or (False, why not, in words)."""
     if x.device.type != "cpu":
@@ -74,6 +93,11 @@ def can_run_batch_norm_act(x: Tensor, weight: Tensor, *, activation: str = "relu
 def _(x, weight, bias, running, activation, training, eps):
     out = torch.empty_like(x, memory_format=torch.channels_last)
     return out, x.new_empty(2 * x.shape[1], dtype=torch.float64)
+
+
+@torch.library.register_fake("proxyless_fast::norm_dot")
+def _(grad, y, statistics, gamma, beta, eps):
+    return y.new_empty(())
 
 
 @torch.library.register_fake("proxyless_fast::batch_norm_act_backward")

@@ -133,19 +133,41 @@ def mbconv(
     Differentiable once in x and params; backward does no work for weights that need no gradient.
     Raises ValueError naming the argument that does not fit.
     """
+    return _mbconv(x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut)[0]
+
+
+def mbconv_before_norm(
+    x: Tensor,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor] = (),
+    *,
+    stride: int = 1,
+    activation: str = "relu6",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    policy: str = "fast",
+    gram: tuple[Tensor, Tensor] | None = None,
+    shortcut: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mbconv`, and what its last norm took: (output, y, statistics), the latter two as `norm_dot` takes them."""
+    return _mbconv(x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, 1)
+
+
+def _mbconv(x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, least=0):
     if policy not in _KEEP:
         raise ValueError(f"policy must be one of {', '.join(_KEEP)}, got {policy!r}")
     x = _autocast(x)
     mean, cov = _statistics(x, gram, training and len(params) == 9)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
-    out, _, _, statistics = torch.ops.proxyless_fast.mbconv(
+    out, y, _, statistics = torch.ops.proxyless_fast.mbconv(
         x, params, [] if training else running, mean, cov, stride, activation, training, eps,
-        _KEEP[policy] if differentiable else 0, shortcut,
+        _KEEP[policy] if differentiable else least, shortcut,
     )  # fmt: skip
     if training and running:
         pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]
         torch.ops.proxyless_fast.update_running(statistics, running, pixels_in, pixels_out, momentum)
-    return out
+    return out, y, statistics
 
 
 def probe(

@@ -141,6 +141,19 @@ def test_inference_writes_only_the_output():
     assert y.numel() == d.numel() == 0
 
 
+@pytest.mark.parametrize("training, keep", [(True, 2), (True, 1), (False, 2), (False, 0)])
+def test_a_shortcut_adds_x_and_its_gradient(training, keep):
+    x, grad, params = inputs(SHAPES[1], torch.float32)
+    running = running_of(params, torch.float32)
+    mean, cov = passes.gram_rows(passes.rows_of(x)) if training else (None, None)
+    arguments = (x, params, running, mean, cov, 1, "relu6", training, 1e-3, keep)
+    out, y, d, statistics = compose.mbconv(*arguments)
+    torch.testing.assert_close(compose.mbconv(*arguments, True)[0], out + x)
+    if keep:
+        back = (grad, x, y, d, statistics, params, mean, cov, 1, "relu6", training, 1e-3, True, False)
+        torch.testing.assert_close(compose.mbconv_backward(*back, True)[0], compose.mbconv_backward(*back)[0] + grad)
+
+
 @pytest.mark.parametrize("input, weights", [(True, False), (False, True)])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]], ids=str)
 def test_half_of_backward_is_that_half_of_all(shape, input, weights):
