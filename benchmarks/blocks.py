@@ -93,10 +93,15 @@ def check(case: Case, runners: dict[str, Runner], x: Tensor, grad: Tensor) -> No
     scale = {name: value.norm() for name, value in truth.items()}
     scale["the gate's gradient"] = truth["output"].norm() * grad.double().norm()  # it is a dot product of the two
     plain = [Runner(case.module, x, grad, baseline).results() for baseline in generic]
+    # A pre-activation within rounding of a bound may fall on either side of it, in any implementation, and then a whole
+    # gradient value comes or goes: two of them at most, of as many as the widest tensor has.
+    wide = max(p.shape[0] for p in case.module.parameters()) * grad.numel() / grad.shape[1]
+    ties = 2 / wide**0.5
     for baseline, runner in runners.items():
         found = runner.results()
         for name, value in truth.items():
             allowed = FACTOR * max(float((p[name].double() - value).norm() / scale[name]) for p in plain) + FLOOR
+            allowed += ties if name.startswith("the input's") or "gradient of" in name else 0
             error = float((found[name].double() - value).norm() / scale[name])
             if not error <= allowed:
                 raise GateError(

@@ -58,7 +58,7 @@ int64_t chunks_for(int64_t pieces, int64_t bytes) {
 // The gradient of a parameter, filled from doubles.
 template <typename T, typename Element>
 Tensor gradient_like(const Tensor& parameter, Element element) {
-  Tensor g = at::empty(parameter.sizes(), parameter.options());
+  Tensor g = large_empty(parameter.sizes(), parameter.options());
   T* p = g.mutable_data_ptr<T>();
   const int64_t n = g.numel();
   at::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
@@ -254,7 +254,7 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
     }
     if (a.training && pdx != nullptr) {
       const Tensor w = a.w1.view({f.ch, f.ci});
-      Tensor rw = at::empty({f.ch, f.ci}, w.options());
+      Tensor rw = large_empty({f.ch, f.ci}, w.options());
       const T* pw = w.const_data_ptr<T>();
       T* prw = rw.mutable_data_ptr<T>();
       std::vector<double> bias(f.ci, 0.0);
@@ -293,7 +293,7 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
     const Tensor wc = a.training ? at::matmul(w, a.cov.to(w.scalar_type())) : at::zeros({f.ch, f.ci}, w.options());
     const T *pw = w.const_data_ptr<T>(), *pc = wc.const_data_ptr<T>(), *sum_qx = dexpand.total();
     std::vector<double> dg1(f.ch);
-    Tensor dw1 = at::empty(a.w1.sizes(), a.w1.options());
+    Tensor dw1 = large_empty(a.w1.sizes(), a.w1.options());
     T* pdw = dw1.mutable_data_ptr<T>();
     at::parallel_for(0, f.ch, 1 + (1 << 14) / f.ci, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
@@ -323,7 +323,7 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
   grads.push_back(gradient_like<T>(a.g2, [&](int64_t c) { return dg2[c]; }));
   grads.push_back(gradient_like<T>(a.b2, [&](int64_t c) { return sum_dz[c]; }));
   const T* sum_project = dproject.total();
-  Tensor dwp = at::empty(a.wp.sizes(), a.wp.options());
+  Tensor dwp = large_empty(a.wp.sizes(), a.wp.options());
   for (int64_t o = 0; o < f.co; ++o)
     for (int64_t b = 0; b < blocks(f.ch); ++b)
       std::copy_n(sum_project + (b * f.co + o) * lanes, std::min(lanes, f.ch - b * lanes),

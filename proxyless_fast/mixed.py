@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .blocks import Gram, Kept, MBConv, Zero, probe_fused
+from .blocks import Gram, Kept, MBConv, Zero, is_mbconv, probe_fused
 from .engine import has_hooks
 from .ops.batch_norm import norm_dot
 from .ops.statistics import dot
@@ -163,7 +163,7 @@ class MixedOp(nn.Module):
         candidate = self.candidates[self.active]
         if not self._gates_wanted:
             return candidate(*args, **kwargs)
-        if isinstance(candidate, MBConv) and len(args) == 1 and not kwargs:
+        if isinstance(candidate, MBConv) and is_mbconv(candidate) and len(args) == 1 and not kwargs:
             output, kept = candidate.gated(args[0])
             return _attach_gates(self, args, kwargs, output, kept)
         return _attach_gates(self, args, kwargs, candidate(*args, **kwargs), None)
@@ -172,14 +172,13 @@ class MixedOp(nn.Module):
     def with_shortcut(self, x: Tensor) -> Tensor:
         """self(x) + x, with the sum where the output is written anyway if the active candidate is an MBConv."""
         candidate = self.candidates[self.active]
-        if self.mode in ("sum", "softmax") or has_hooks(candidate):
-            return self(x) + x
-        if not self._gates_wanted and isinstance(candidate, Zero):
+        one = self.mode in ("path", "full", "two") and type(self).forward is MixedOp.forward
+        if one and not self._gates_wanted and type(candidate) is Zero and not has_hooks(candidate):
             return x
-        if not isinstance(candidate, MBConv):
+        if not one or not isinstance(candidate, MBConv) or not is_mbconv(candidate):
             return self(x) + x
         if not self._gates_wanted:
-            return candidate.with_shortcut(x)
+            return candidate(x, shortcut=True)
         output, kept = candidate.gated(x, shortcut=True)
         output = _attach_gates(self, (x,), {}, output, kept)
         return output + x if kept is None else output

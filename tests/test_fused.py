@@ -234,3 +234,23 @@ def test_a_search_samples_the_same_paths_and_ends_with_the_same_alphas():
     assert paths[0] == paths[1]
     torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
     assert ends[0].abs().max() > 5e-3  # they went somewhere
+
+
+class Doubled(pf.MBConv):
+    """A candidate of a user's, built on ours."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["path", "full"])
+@pytest.mark.parametrize("active", [0, 1])
+def test_a_subclass_runs_as_its_own_forward_says(active, mode):
+    op = pf.MixedOp({"ours": pf.MBConv(4, 4, 3, 1, 3), "theirs": Doubled(4, 4, 3, 1, 3)})
+    block = blocks.ResidualBlock(op, True).double()
+    op.activate(active, mode)
+    x, g = torch.randn(2, 2, 4, 6, 5, dtype=torch.float64).unbind()
+    ours, expected = results(block, x, g), results(off(Residual(block)), x, g)
+    ran = [k for k, v in expected.items() if v is not None]
+    assert ran == [k for k, v in ours.items() if v is not None]
+    assert_same({k: ours[k] for k in ran}, {k: expected[k] for k in ran})
