@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
                                                   const std::optional<Tensor>& mean, const std::optional<Tensor>& cov,
                                                   int64_t stride, std::string_view activation, bool training,
                                                   double eps, int64_t keep, bool shortcut) {
-  const Arguments a = check("mbconv", x, params, {mean, cov}, stride, std::string(activation), training, eps);
+  const Arguments a = check("mbconv", x, params, {mean, cov, true}, stride, std::string(activation), training, eps);
   if (!training) check_running("mbconv", a, running);
   check_shortcut("mbconv", a, shortcut);
   TORCH_CHECK_VALUE(keep >= 0 && keep <= 2, "mbconv: keep must be 0 (nothing), 1 (y) or 2 (y and d), got ", keep);
@@ -126,7 +126,8 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
                                                         const std::optional<Tensor>& cov, int64_t stride,
                                                         std::string_view activation, bool training, double eps,
                                                         bool input, bool weights, bool shortcut) {
-  const Arguments a = check("mbconv_backward", x, params, {mean, cov}, stride, std::string(activation), training, eps);
+  const Arguments a =
+      check("mbconv_backward", x, params, {mean, cov, false}, stride, std::string(activation), training, eps);
   TORCH_CHECK_VALUE(grad.sizes() == y.sizes() && grad.scalar_type() == x.scalar_type(),
                     "mbconv_backward: grad must have the shape of y, ", y.sizes(), ", and the dtype of x, got ",
                     grad.sizes(), " and ", grad.scalar_type());
@@ -191,7 +192,7 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
   TORCH_CHECK_VALUE(total == static_cast<int64_t>(params.size()),
                     "mbconv_probe: sizes must add up to the number of params, ", params.size(), ", got ", sizes);
   const Tensor narrow = channels_last(x), g = channels_last(grad);
-  const Covariance covariance(mean, cov);
+  const Covariance covariance(mean, cov, true);
   Tensor gates =
       at::empty({static_cast<int64_t>(sizes.size())}, x.options().memory_format(at::MemoryFormat::Contiguous));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mbconv_probe", [&] {

@@ -13,8 +13,8 @@ namespace pf {
 // Mean and covariance of x in float64, as given or undefined: made once for all candidates of a layer.
 struct Covariance {
   at::Tensor mean, cov;
-  at::Tensor panel;  // cov as the kernel `quadratic` takes it
-  Covariance(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& cov);
+  at::Tensor panel;  // cov as the kernel `quadratic` takes it, for forward passes alone
+  Covariance(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& cov, bool forward);
 };
 
 struct Arguments {
@@ -70,7 +70,7 @@ class Block {
   // d from x; the moments of d if asked for.
   Norm depthwise(T* d, bool moments) const;
   // y from d; its moments.
-  Norm project(const T* d, T* y) const;
+  Norm project(const T* d, T* y);
   // <grad, out> with y never written; sets third.
   double gate(const T* d, const at::Tensor& grad);
   // out = BN3(y), plus x if there is a shortcut

@@ -258,13 +258,13 @@ std::vector<Tensor> Block<T>::backward(const Tensor& grad, const T* y, const T* 
       const T* pw = w.const_data_ptr<T>();
       T* prw = rw.mutable_data_ptr<T>();
       std::vector<double> bias(f.ci, 0.0);
-      for (int64_t c = 0; c < f.ch; ++c, pw += f.ci, prw += f.ci) {
-        const T minus_r = static_cast<T>(-r[c]);
+      at::parallel_for(0, f.ch, 1 + (1 << 15) / f.ci, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c)
+          for (int64_t i = 0; i < f.ci; ++i) prw[c * f.ci + i] = static_cast<T>(-r[c]) * pw[c * f.ci + i];
+      });
+      for (int64_t c = 0; c < f.ch; ++c) {
         const double share = first.scale[c] * db1[c] * share_in;
-        for (int64_t i = 0; i < f.ci; ++i) {
-          prw[i] = minus_r * pw[i];
-          bias[i] -= share * static_cast<double>(pw[i]);
-        }
+        for (int64_t i = 0; i < f.ci; ++i) bias[i] -= share * static_cast<double>(pw[c * f.ci + i]);
       }
       const Tensor q = at::matmul(rw.t(), w).contiguous();  // symmetric
       const T* pq = q.const_data_ptr<T>();

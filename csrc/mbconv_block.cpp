@@ -105,11 +105,11 @@ void Norm::fold(const Tensor& gamma, double eps) {
   }
 }
 
-Covariance::Covariance(const std::optional<Tensor>& given_mean, const std::optional<Tensor>& given_cov) {
+Covariance::Covariance(const std::optional<Tensor>& given_mean, const std::optional<Tensor>& given_cov, bool forward) {
   if (given_mean.has_value()) mean = given_mean->to(at::kDouble).contiguous();
   if (!given_cov.has_value()) return;
   cov = given_cov->to(at::kDouble).contiguous();
-  if (cov.dim() != 2 || cov.size(0) != cov.size(1)) return;  // `check` says what is wrong
+  if (!forward || cov.dim() != 2 || cov.size(0) != cov.size(1)) return;  // `check` says what is wrong
   // The upper triangle by blocks, those off the diagonal doubled: [blocks(n)][n][16].
   const int64_t n = cov.size(0);
   panel = at::zeros({blocks(n), n, lanes}, cov.options());
@@ -272,7 +272,6 @@ void Block<T>::set_second(Norm norm) {
   f.mean2 = per_channel(second.mean);
   f.scale2 = per_channel(second.scale);
   f.bias2 = per_channel(to_doubles(a.b2));
-  pack_project(nullptr);
 }
 
 template <typename T>
@@ -370,7 +369,8 @@ int64_t Block<T>::output_chunks(const T* d) const {
 }
 
 template <typename T>
-Norm Block<T>::project(const T* d, T* y) const {
+Norm Block<T>::project(const T* d, T* y) {
+  pack_project(nullptr);
   const int64_t chunks = output_chunks(d);
   PartialMoments partial(chunks, blocks(f.co) * lanes);
   for_outputs(d, chunks,
@@ -388,6 +388,7 @@ template <typename T>
 double Block<T>::gate(const T* d, const Tensor& grad) {
   const int64_t chunks = output_chunks(d), c = blocks(f.co) * lanes;
   f.grad = grad.const_data_ptr<T>();
+  pack_project(nullptr);
   PartialMoments partial(chunks, c);
   std::vector<double> sums(static_cast<size_t>(2 * chunks * c), 0.0);
   for_outputs(d, chunks,
