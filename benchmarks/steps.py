@@ -95,7 +95,10 @@ def unfit(subject: Subject, settings: Settings, path: Paths) -> str | None:
     available = available_bytes()
     if needed < 0.4 * available:  # the peak is measured in a second process, beside this one
         return None
-    return f"it needs {needed / 1e9:.1f} GB for activations, and {available / 1e9:.1f} GB are available"
+    return (
+        f"it needs {needed / 1e9:.1f} GB for activations twice (its peak is taken in a second process), and "
+        f"{available / 1e9:.1f} GB are available"
+    )
 
 
 def measure(
