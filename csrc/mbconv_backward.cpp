@@ -1,7 +1,6 @@
 // Backward of a fused MBConv over all images: the passes, and the corrections that close over small matrices
 // (docs/performance.md has the formulas).
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>

@@ -1,5 +1,5 @@
 // Memory that outlives a call and a step. A fresh large allocation costs a page fault for each page it touches, and the
-// clearing of that page; on wide tensors that is as slow as the arithmetic. Steps of a search ask for much the same
+// clearing of that page. Steps of a search ask for much the same
 // sizes again and again, so what they free is kept, as torch keeps memory of a GPU.
 #pragma once
 #include <ATen/core/Tensor.h>

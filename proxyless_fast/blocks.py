@@ -268,6 +268,9 @@ class ConvLayer(nn.Sequential):
         """Whether the convolution goes into the op too: one with few inputs whose x needs no gradient, as a stem."""
         conv = self.conv
         plain = type(conv) is nn.Conv2d and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
+        half = conv.kernel_size[0] // 2
+        plain = plain and (conv.stride, conv.padding) == ((self.stride,) * 2, (half, half))
+        plain = plain and conv.padding_mode == "zeros"
         return plain and can_run_conv_norm_act(x, conv.weight, activation=self.act_name or "identity")[0]
 
     def shape(self, input: tuple[int, ...], kind: str = "Conv") -> OpShape:

@@ -133,28 +133,29 @@ def mbconv(
     Differentiable once in x and params; backward does no work for weights that need no gradient.
     Raises ValueError naming the argument that does not fit.
     """
-    return _mbconv(x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut)[0]
+    return mbconv_before_norm(
+        x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, keep_y=False
+    )[0]
 
 
 def mbconv_before_norm(
     x: Tensor,
     params: Sequence[Tensor],
-    running: Sequence[Tensor] = (),
-    *,
-    stride: int = 1,
-    activation: str = "relu6",
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    policy: str = "fast",
-    gram: tuple[Tensor, Tensor] | None = None,
-    shortcut: bool = False,
+    running: Sequence[Tensor],
+    stride: int,
+    activation: str,
+    training: bool,
+    momentum: float,
+    eps: float,
+    policy: str,
+    gram: tuple[Tensor, Tensor] | None,
+    shortcut: bool,
+    keep_y: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mbconv`, and what its last norm took: (output, y, statistics), the latter two as `norm_dot` takes them."""
-    return _mbconv(x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, 1)
+    """`mbconv`, and what its last norm took: (output, y, statistics), the latter two as `norm_dot` takes them.
 
-
-def _mbconv(x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, least=0):
+    keep_y: have y even where no gradient is wanted and it would not be written.
+    """
     if policy not in _KEEP:
         raise ValueError(f"policy must be one of {', '.join(_KEEP)}, got {policy!r}")
     x = _autocast(x)
@@ -162,7 +163,7 @@ def _mbconv(x, params, running, stride, activation, training, momentum, eps, pol
     differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     out, y, _, statistics = torch.ops.proxyless_fast.mbconv(
         x, params, [] if training else running, mean, cov, stride, activation, training, eps,
-        _KEEP[policy] if differentiable else least, shortcut,
+        _KEEP[policy] if differentiable else int(keep_y), shortcut,
     )  # fmt: skip
     if training and running:
         pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]

@@ -17,11 +17,6 @@ PF_INLINE void copy(const T* from, int64_t n, T* to) {
                         __attribute__((always_inline)) { store_some(load_some(from + i, width), to + i, width); });
 }
 
-template <typename T>
-PF_INLINE void zero(T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = 0;
-}
-
 // Windows under the output rows [first, first + rows), a row being (image, y), less the center, as [block][pixel][16].
 template <typename T>
 void windows(const Conv<T>& f, int64_t first, int64_t rows, T* out, T* line) {

@@ -9,11 +9,6 @@ namespace pf::cpu::PF_ISA {
 
 namespace {
 
-template <typename T>
-void zero(T* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = 0;
-}
-
 // Rows [first, last) of the expanded image after its activation, for `count` blocks from `block`, into buffers with
 // kernel / 2 columns of zeros (left as they are) on both sides.
 template <typename T>

@@ -26,6 +26,11 @@ PF_INLINE void store_some(Vec<T> v, T* p, int n) {
     v.store(p, n);
 }
 
+template <typename T>
+PF_INLINE void zero(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0;
+}
+
 // Where channel i of a pixel lies in blocks `block_size` elements apart.
 PF_HELPER int64_t in_block(int64_t i, int64_t block_size) { return i / lanes * block_size + i % lanes; }
 
