@@ -118,6 +118,10 @@ class Shape:
     def ch(self) -> int:
         return self.ci * self.expand
 
+    @property
+    def out(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
     def params(self, dtype: torch.dtype = torch.float32, device: str = "meta") -> list[Tensor]:
         def norm(c: int) -> list[Tensor]:
             return [torch.empty(c, dtype=dtype, device=device) for _ in range(2)]
@@ -168,13 +172,26 @@ def backward(shape: Shape, dtype: torch.dtype, policy: str, weights: bool) -> No
     compose.mbconv_backward(y, x, y, d, statistics, params, mean, cov, shape.stride, "relu6", True, 1e-3, True, weights)
 
 
+def running(shape: Shape, statistics: Tensor) -> None:
+    """The running statistics of a block's norms move."""
+    buffers = [torch.empty_like(p) for p in shape.params()[1::3] for _ in range(2)]
+    compose.update_running(statistics, buffers, shape.batch * shape.size**2, shape.batch * shape.out**2, 0.1)
+
+
+def gate(shape: Shape, dtype: torch.dtype) -> None:
+    """The gate gradient of the active path."""
+    y, gamma = shape.output(dtype), torch.empty(shape.co, device="meta")
+    compose.norm_dot(y, y, torch.empty(2 * shape.co, dtype=torch.float64, device="meta"), gamma, gamma, 1e-3)
+
+
 def probe(shapes: list[Shape], dtype: torch.dtype) -> None:
     """The inactive candidates of a layer, which share x (and its Gram matrix, already known)."""
     ci = shapes[0].ci
     params = [s.params() for s in shapes]
+    buffers = [torch.empty_like(p) for own in params for p in own[1::3] for _ in range(2)]
     mean, cov = torch.empty(ci, device="meta"), torch.empty(ci, ci, device="meta")
     compose.mbconv_probe(
-        shapes[0].x(dtype), shapes[0].output(dtype), [t for p in params for t in p], [], [len(p) for p in params],
+        shapes[0].x(dtype), shapes[0].output(dtype), [t for p in params for t in p], buffers, [len(p) for p in params],
         mean, cov, shapes[0].stride, "relu6", True, 0.1, 1e-3,
     )  # fmt: skip
 
@@ -225,7 +242,8 @@ def every_launch(batch: int, dtype: torch.dtype, arch: int = 90, shapes: list[Sh
                 Shape(batch, layer.ci, layer.co, layer.size, kernel, layer.stride, e) for kernel, e in CANDIDATES
             ]
             for shape in all_candidates:
-                forward(shape, dtype, "fast")
+                running(shape, forward(shape, dtype, "fast")[-1])
+                gate(shape, dtype)
                 for policy, weights in (("fast", True), ("lean", True), ("fast", False)):
                     backward(shape, dtype, policy, weights)
             probe(all_candidates, dtype)
@@ -242,8 +260,10 @@ __all__ = [
     "distinct",
     "every_launch",
     "forward",
+    "gate",
     "imagenet",
     "launch",
     "probe",
     "recording",
+    "running",
 ]

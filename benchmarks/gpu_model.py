@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu_launches import CANDIDATES, Launch, Shape, backward, forward, imagenet, probe, recording
+from gpu_launches import CANDIDATES, Launch, Shape, backward, forward, gate, imagenet, probe, recording, running
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,7 +37,7 @@ CARDS = (Card("A100", 2.039e12, 312e12, 19.5e12), Card("H100", 3.35e12, 989e12, 
 _FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "split", "split_with_sizes", "unbind"),
     *("slice", "select", "view", "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze"),
-    *("reshape", "as_strided", "lift_fresh"),
+    *("reshape", "as_strided", "lift_fresh", "promote_types"),
 }
 
 
@@ -115,8 +115,9 @@ def _launch_pass(launched: Launch) -> Pass:
 def ours(shape: Shape, dtype: torch.dtype, step: str, policy: str = "fast") -> list[Pass]:
     """Passes of one layer whose active candidate is `shape`: "weight", or "arch" with every other candidate probed."""
     with recording() as launches, Count() as count:
-        forward(shape, dtype, policy)
+        running(shape, forward(shape, dtype, policy)[-1])
         if step == "arch":
+            gate(shape, dtype)
             others = [
                 Shape(shape.batch, shape.ci, shape.co, shape.size, k, shape.stride, e)
                 for k, e in CANDIDATES

@@ -305,8 +305,8 @@ def _probes(
 def _probe(op: MixedOp, j: int, args: tuple, kwargs: dict, grads: Sequence[Tensor | None]) -> Tensor:
     """The gate gradient of candidate j, run without autograd and dropped at once."""
     module: Callable = op.candidates[j]
-    if isinstance(module, Zero):  # <G, 0> = 0 without running it
-        return torch.zeros(())
+    if isinstance(module, Zero):  # <G, 0> = 0 without running it, and without a copy from the host
+        return torch.zeros((), device=next(g.device for g in grads if g is not None))
     outputs = [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if _is_float(leaf)]
     shapes = [tuple(o.shape) for o in outputs]
     wanted = [None if g is None else tuple(g.shape) for g in grads]

@@ -37,7 +37,7 @@ def test_triton_is_imported_when_a_gpu_asks_for_it_and_not_before():
 def test_the_ops_are_there_for_cuda():
     import proxyless_fast.ops.triton  # noqa: F401
 
-    for name in ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "update_running"):
+    for name in ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "norm_dot", "update_running"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"proxyless_fast::{name}", "CUDA"), name
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import triton as gpu
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "relu": F.relu,
@@ -66,10 +68,12 @@ def norm_dot(grad: Tensor, y: Tensor, statistics: Tensor, gamma: Tensor, beta: T
     """<grad, BN(y)> with BN(y) never written: the gate gradient (ProxylessNAS eq. 5) of a block that ends in a norm.
 
     grad, y: (B, C, H, W) of one dtype. statistics: float64, ending in the norm's mean and variance (C,) each, as
-    `proxyless_fast::mbconv` returns them. gamma, beta: (C,). Returns a scalar tensor; no autograd. In one pass and in
-    float64 sums for float32 and float64 on the CPU, elsewhere by the reference. Raises ValueError for wrong shapes.
+    `proxyless_fast::mbconv` returns them. gamma, beta: (C,). Returns a scalar tensor, at least float32; no autograd.
+    In one pass and in float64 sums for float32 and float64 on the CPU and for what the Triton kernels take on a GPU,
+    elsewhere by the reference. Raises ValueError for wrong shapes.
     """
-    if y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64):
+    on_cpu = y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
+    if on_cpu or (y.is_cuda and gpu.can_run(y, y.shape[1], y.shape[1], "identity")[0]):
         return torch.ops.proxyless_fast.norm_dot(grad, y, statistics, gamma, beta, eps)
     return norm_dot_reference(grad, y, statistics, gamma, beta, eps)
 
@@ -97,7 +101,7 @@ def _(x, weight, bias, running, activation, training, eps):
 
 @torch.library.register_fake("proxyless_fast::norm_dot")
 def _(grad, y, statistics, gamma, beta, eps):
-    return y.new_empty(())
+    return y.new_empty((), dtype=torch.promote_types(y.dtype, torch.float32))
 
 
 @torch.library.register_fake("proxyless_fast::batch_norm_act_backward")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_kernels import few_programs  # noqa: F401  (a fixture)
 
+from proxyless_fast.ops.batch_norm import norm_dot_reference
 from proxyless_fast.ops.mbconv import mbconv_reference
 from proxyless_fast.ops.triton import compose, gradients, passes
 
@@ -179,6 +180,19 @@ def candidates(dtype=torch.float32):
     return shapes, x, grad, [inputs(s, dtype)[2] for s in shapes]
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=["three norms", "two norms"])
+def test_running_statistics_move_as_batch_norm_moves_them(shape):
+    x, _, params = inputs(shape, torch.float32)
+    running = [r + 0.3 for r in running_of(params, torch.float32)]
+    truth = [r.double() for r in running]
+    mbconv_reference(x.double(), [p.double() for p in params], truth, stride=shape[6], momentum=0.25, eps=1e-3)
+    statistics = compose.mbconv(x, params, [], None, None, shape[6], shape[8], True, 1e-3, 0)[-1]
+    pixels_out = x.shape[0] * ((x.shape[2] - 1) // shape[6] + 1) * ((x.shape[3] - 1) // shape[6] + 1)
+    compose.update_running(statistics, running, x.numel() // x.shape[1], pixels_out, 0.25)
+    for a, b in zip(running, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("workspace", [0, 1 << 20], ids=["one by one", "one launch"])
 @pytest.mark.parametrize("training", [True, False])
 def test_probe_of_several_candidates(workspace, training, monkeypatch):
@@ -241,3 +255,19 @@ def test_any_memory_format():
     values = ours(wide[:, ::2], grad.contiguous(memory_format=torch.channels_last), params, SHAPES[0], True, "fast")
     assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
     assert values[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_gate_of_the_active_path_from_its_y(mean, dtype, few_programs):  # noqa: F811
+    g = torch.Generator().manual_seed(3)
+    y, grad = (torch.randn(2, 20, 9, 8, generator=g) + mean).to(dtype), torch.randn(2, 20, 9, 8, generator=g).to(dtype)
+    gamma, beta = torch.rand(20, generator=g) + 0.5, torch.randn(20, generator=g)
+    exact = y.double().transpose(0, 1).flatten(1)
+    statistics = torch.cat([torch.randn(6).double(), exact.mean(1), exact.var(1, correction=0)])
+    gate = compose.norm_dot(grad, y, statistics, gamma, beta, 1e-3)
+    wide = [t.double() for t in (grad, y, statistics, gamma, beta)]
+    truth = norm_dot_reference(*wide, 1e-3)
+    scale = grad.double().norm() * 20**0.5
+    assert (gate.double() - truth).abs() <= 1e-6 * scale
+    assert gate.dtype == torch.float32

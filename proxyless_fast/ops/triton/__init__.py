@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-OPS = ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "update_running")
+OPS = ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "norm_dot", "update_running")
 ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")
 WIDEST = 512  # channels of x and of y: a program holds all of them
 

@@ -7,11 +7,11 @@ product's result instead of being repeated in each, and sums over pixels can be 
 import triton
 import triton.language as tl
 
-from .common import activate, load_norm, through
+from .common import activate, load_affine, load_norm, through
 
 
 @triton.jit
-def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dweight, pixels, rows, CH: tl.constexpr,
+def project_backward(d, norm2, grad, y, affine3, weight, dz, partial, dweight, pixels, rows, CH: tl.constexpr,
                      CO: tl.constexpr, ACT: tl.constexpr, TRAINING: tl.constexpr, FIRST: tl.constexpr,
                      PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """dz = (dY Wp) act'(BN2(d)) with dY = p G + r (y - mean) + t, all from one read of d.
@@ -26,10 +26,7 @@ def project_backward(d, norm2, grad, y, affine3, norm3, weight, dz, partial, dwe
     o = FIRST + tl.arange(0, BN)
     inside, inside_o = c < CH, o < CO
     m2, s2, b2 = load_norm(norm2, c, inside, CH)
-    p = tl.load(affine3 + o, mask=inside_o, other=0.0)
-    q = tl.load(affine3 + CO + o, mask=inside_o, other=0.0)
-    t = tl.load(affine3 + 2 * CO + o, mask=inside_o, other=0.0)
-    m3 = tl.load(norm3 + o, mask=inside_o, other=0.0)
+    p, q, m3, t = load_affine(affine3, o, inside_o, CO)
     w = tl.load(weight + o[None, :] * CH + c[:, None], mask=inside_o[None, :] & inside[:, None], other=0.0)
     sum_dz, sum_dzd = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if dweight is not None:
@@ -171,12 +168,13 @@ def expand_input(de, x, weight, norm1, dx, partial, kept, pixels, CI: tl.constex
 
 
 @triton.jit
-def finish_input(parts, x, mean_x, correction, constant, dx, pixels, CI: tl.constexpr, PARTS: tl.constexpr,
+def finish_input(parts, x, mean_x, correction, constant, shortcut, dx, pixels, CI: tl.constexpr, PARTS: tl.constexpr,
                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """dx = sum of parts - (x - mean_x) correction - constant: what BN1's statistics take back, one narrow pass.
+    """dx = sum of parts - (x - mean_x) correction - constant + shortcut: one narrow pass.
 
-    parts (PARTS, pixels, CI) and correction (CI, CI) in x's dtype, constant (CI,): from sums over all pixels
-    (gradients.py).
+    parts (PARTS, pixels, CI). correction (CI, CI), in x's dtype, and constant (CI,): what BN1's statistics take back,
+    from sums over all pixels (`gram.expand_correction`); both absent with a frozen norm. shortcut: the output's
+    gradient, where it is added.
     """
     columns: tl.constexpr = (CI + BN - 1) // BN
     first = (tl.program_id(0) // columns).to(tl.int64) * BM
@@ -184,16 +182,19 @@ def finish_input(parts, x, mean_x, correction, constant, dx, pixels, CI: tl.cons
     o = (tl.program_id(0) % columns) * BN + tl.arange(0, BN)
     live, inside = row < pixels - first, o < CI
     x += first * CI
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, CI, BK):
-        i = k + tl.arange(0, BK)
-        inside_i = i < CI
-        xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0).to(tl.float32)
-        xt -= tl.load(mean_x + i, mask=inside_i, other=0.0)[None, :]
-        w = tl.load(correction + i[:, None] * CI + o[None, :], mask=inside_i[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(xt.to(x.dtype.element_ty), w, acc, input_precision=PRECISION)
+    value = tl.zeros((BM, BN), tl.float32)
+    if correction is not None:
+        for k in range(0, CI, BK):
+            i = k + tl.arange(0, BK)
+            inside_i = i < CI
+            xt = tl.load(x + row * CI + i[None, :], mask=live & inside_i[None, :], other=0.0).to(tl.float32)
+            xt -= tl.load(mean_x + i, mask=inside_i, other=0.0)[None, :]
+            w = tl.load(correction + i[:, None] * CI + o[None, :], mask=inside_i[:, None] & inside[None, :], other=0.0)
+            value = tl.dot(xt.to(x.dtype.element_ty), w, value, input_precision=PRECISION)
+        value = -value - tl.load(constant + o, mask=inside, other=0.0)[None, :]
     at = first * CI + (row * CI + o[None, :])
-    value = -acc - tl.load(constant + o, mask=inside, other=0.0)[None, :]
+    if shortcut is not None:
+        value += tl.load(shortcut + at, mask=live & inside[None, :], other=0.0).to(tl.float32)
     for _ in tl.static_range(PARTS):
         value += tl.load(parts + at, mask=live & inside[None, :], other=0.0).to(tl.float32)
         parts += tl.cast(pixels, tl.int64) * CI

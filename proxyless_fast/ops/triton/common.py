@@ -54,6 +54,26 @@ def load_norm(norm, c, inside, C: tl.constexpr):
 
 
 @triton.jit
+def load_affine(affine, c, inside, C: tl.constexpr):
+    """p, r, mean and t of channels c: a norm's backward dv = p g + r (v - mean) + t (norm.py); zeros outside."""
+    p = tl.load(affine + c, mask=inside, other=0.0)
+    r = tl.load(affine + C + c, mask=inside, other=0.0)
+    mean = tl.load(affine + 2 * C + c, mask=inside, other=0.0)
+    return p, r, mean, tl.load(affine + 3 * C + c, mask=inside, other=0.0)
+
+
+@triton.jit
+def write_norm(mean, var, gamma, beta, norm, c, inside, EPS: tl.constexpr, C: tl.constexpr):
+    """A norm as `load_norm` reads it, from its statistics in float64 and its weights, of channels c."""
+    inverse = 1.0 / tl.sqrt(var + EPS)
+    gain = tl.load(gamma + c, mask=inside, other=0.0).to(tl.float64)
+    tl.store(norm + c, mean.to(tl.float32), mask=inside)
+    tl.store(norm + C + c, inverse.to(tl.float32), mask=inside)
+    tl.store(norm + 2 * C + c, (gain * inverse).to(tl.float32), mask=inside)
+    tl.store(norm + 3 * C + c, tl.load(beta + c, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
 def tile_moments(v, live, n):
     """Mean over the n live rows of v, and the sum of squares about it. v must be 0 where not live."""
     mean = tl.sum(v, 0) / n

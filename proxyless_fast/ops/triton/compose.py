@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import launch, passes
+from . import norm as nm
 from . import probe as pb
 from .configs import Config, padded
 from .gradients import mbconv_backward
@@ -23,13 +24,15 @@ from .passes import (
     gram_rows,
     image_of,
     make_block,
-    norm_of,
+    norm_from,
     normalise,
+    norms_of,
+    pair_sums,
     project,
     rows_of,
 )
 
-__all__ = ["gram", "mbconv", "mbconv_backward", "mbconv_probe", "update_running"]
+__all__ = ["gram", "mbconv", "mbconv_backward", "mbconv_probe", "norm_dot", "update_running"]
 
 # A layer's candidates are probed together as long as their wide tensors fit into what one of them may need anyway, so
 # that memory does not grow with their number; below this many bytes they always are.
@@ -38,8 +41,7 @@ WORKSPACE = 64 << 20
 
 def gram(x: Tensor) -> tuple[Tensor, Tensor]:
     """proxyless_fast::gram, in float32: a covariance in half precision would be of no use."""
-    mean, cov = gram_rows(rows_of(x))
-    return mean.float(), cov.float()
+    return gram_rows(rows_of(x), torch.float32)
 
 
 def mbconv(
@@ -57,35 +59,37 @@ def mbconv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """proxyless_fast::mbconv: out, y (keep >= 1), d (keep == 2), and the statistics of every norm."""
     block = make_block(x, [params], stride, activation)
-    statistics: list[Tensor] = []
-    norm1 = None
-    if block.w1 is not None:
-        if training and (mean is None or cov is None):
+    sizes = [2 * p.numel() for p in params[1::3]]
+    statistics = block.empty(sum(sizes), dtype=torch.float64)
+    *first, second, third = statistics.split(sizes)
+    norm1 = norm2 = norm3 = None
+    if not training:
+        statistics.copy_(torch.cat(list(running)))
+        norm1, norm2, norm3 = norms_of(statistics, params, eps)
+    elif block.w1 is not None:
+        if mean is None or cov is None:
             mean, cov = gram_rows(block.x)
-        first = expand_moments(block.w1, mean, cov) if training else running[:2]
-        statistics += first
-        norm1 = norm_of(first[0], first[1], params[1], params[2], eps)
+        norm1 = expand_moments(block.w1, mean, cov, params[1], params[2], eps, first[0])
     d, partial, rows = depthwise(block, expand(block, norm1), moments=training)
     if training:
-        second, norm2 = finish_moments(partial, rows, block.out_pixels, params[-5], params[-4], eps)
-        y, partial, rows = project(block, d, norm2, "train")
-        third, norm3 = finish_moments(partial, rows, block.out_pixels, params[-2], params[-1], eps)
-        statistics += [*second, *third]
-    else:
-        statistics += running[-4:]
-        norm2 = norm_of(running[-4], running[-3], params[-5], params[-4], eps)
-        norm3 = norm_of(running[-2], running[-1], params[-2], params[-1], eps)
-        y, _, _ = project(block, d, norm2, "train" if keep else "eval", norm3=norm3)
-    assert y is not None
-    out = y if not training and not keep else normalise(y, norm3)
-    if shortcut:
-        out = out.add_(block.x) if out is not y else out + block.x
+        _, norm2 = finish_moments(partial, rows, block.out_pixels, params[-5], params[-4], eps, second)
+    assert norm2 is not None
+    y, partial, rows = project(block, d, norm2, "train" if training or keep else "eval", norm3=norm3)
+    if training:
+        _, norm3 = finish_moments(partial, rows, block.out_pixels, params[-2], params[-1], eps, third)
+    assert y is not None and norm3 is not None
+    added = block.x if shortcut else None
+    out = y
+    if training or keep:
+        out = normalise(y, norm3, added)
+    elif added is not None:
+        out = y.add_(added)
     size, none = (block.size[0], *block.size[3:]), block.empty(0)
     return (
         image_of(out, *size),
         image_of(y, *size) if keep >= 1 else none,
         image_of(d, *size) if keep == 2 else none,
-        torch.cat([s.double() for s in statistics]),
+        statistics,
     )
 
 
@@ -113,17 +117,21 @@ def mbconv_probe(
     rows, g = rows_of(x), rows_of(grad.to(x.dtype))
     if training and (mean is None or cov is None) and any(size == 9 for size in sizes):
         mean, cov = gram_rows(rows)
-    found: list[tuple[int, Tensor]] = []
+    order: list[int] = []
+    gates = torch.empty(len(own), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for group in probe_groups(x, own, stride):
         block = make_block(x, [own[j] for j in group], stride, activation)
         mine, theirs = [own[j] for j in group], [buffers[j] for j in group] if buffers else []
-        statistics, block_gates = _probe(block, g, mine, theirs, mean, cov, training, eps)
-        found += zip(group, block_gates.unbind(), strict=True)
+        to = gates[len(order) : len(order) + len(group)]
+        statistics = _probe(block, g, mine, theirs, mean, cov, training, eps, to)
+        order += group
         if training and buffers:
-            for j, s in zip(group, statistics, strict=True):
-                update_running(s, buffers[j], block.pixels, block.out_pixels, momentum)
-    gates = torch.stack([gate for _, gate in sorted(found, key=lambda pair: pair[0])])
-    return gates.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
+            for moments, moved in zip(statistics, theirs, strict=True):
+                _move_running(moments, moved, block.pixels, block.out_pixels, momentum)
+    if order == sorted(order):
+        return gates
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return torch.stack([gates[i] for i in places])
 
 
 def probe_groups(x: Tensor, params: Sequence[Sequence[Tensor]], stride: int) -> list[list[int]]:
@@ -162,50 +170,83 @@ def _probe(
     cov: Tensor | None,
     training: bool,
     eps: float,
-) -> tuple[list[Tensor], Tensor]:
-    """(statistics of each candidate in the order of its norms, gates)."""
-    n, co = len(params), block.wp.shape[0]
+    gates: Tensor,
+) -> list[list[Tensor]]:
+    """Writes gates (candidates,); returns mean and variance of each norm of each candidate, in order."""
+    n, co, ch = len(params), block.wp.shape[0], block.ch
     widths = [p[-6].shape[0] for p in params]
-
-    def every(i: int, of: Sequence[Sequence[Tensor]] = params) -> Tensor:
-        return of[0][i] if n == 1 else torch.cat([p[i] for p in of])
-
-    norms: list[tuple[Tensor, Tensor]] = []
+    gamma1, beta1, gamma2, beta2, gamma3, beta3 = _side_by_side(params)
+    statistics = block.empty(3, 2, ch, dtype=torch.float64)
+    third = block.empty(n, 2, co, dtype=torch.float64)
     norm1 = None
-    if block.w1 is not None:
-        norms.append(expand_moments(block.w1, mean, cov) if training else (every(0, running), every(1, running)))
-        norm1 = norm_of(*norms[0], every(1), every(2), eps)
+    if not training:
+        moved = [torch.cat([r[i] for r in running]) for i in range(len(running[0]) - 2)]
+        norm2 = norm_from(moved[-2], moved[-1], gamma2, beta2, eps)
+        if block.w1 is not None:
+            norm1 = norm_from(moved[0], moved[1], gamma1, beta1, eps)
+        third.copy_(torch.cat([r[i] for r in running for i in (-2, -1)]).view(n, 2, co))
+    elif block.w1 is not None:
+        norm1 = expand_moments(block.w1, mean, cov, gamma1, beta1, eps, statistics[0])
     d, partial, rows = depthwise(block, expand(block, norm1), moments=training)
     if training:
-        (m2, v2), norm2 = finish_moments(partial, rows, block.out_pixels, every(-5), every(-4), eps)
-    else:
-        m2, v2 = every(-4, running), every(-3, running)
-        norm2 = norm_of(m2, v2, every(-5), every(-4), eps)
-    norms.append((m2, v2))
+        _, norm2 = finish_moments(partial, rows, block.out_pixels, gamma2, beta2, eps, statistics[1])
     _, partial, rows = project(block, d, norm2, "probe", grad=g)
     assert partial is not None
-    if training:
-        third = torch.empty(n, 2, co, dtype=torch.float64, device=g.device)
-    else:
-        third = torch.stack([torch.stack(list(r[-2:])).double() for r in running])
-    gates = torch.empty(n, dtype=torch.float64, device=g.device)
     small = Config({"BT": 16, "BC": padded(co)}, 4, 1)
     launch.run(
-        pb.finish_probe, (n,), small, partial, every(-2), every(-1), third, gates, partial.shape[1], block.out_pixels,
+        pb.finish_probe, (n,), small, partial, gamma3, beta3, third, gates, partial.shape[1], block.out_pixels,
         rows, EPS=eps, TRAINING=training, C=co,
     )  # fmt: skip
-    columns = [t.split(widths) for pair in norms for t in pair] + [third[:, 0].unbind(), third[:, 1].unbind()]
-    return [torch.cat([c.double() for c in candidate]) for candidate in zip(*columns, strict=True)], gates
+    wide = statistics[1 - (block.w1 is not None) : 2].flatten(0, 1)
+    columns = [row.split(widths) for row in wide.unbind()] + [third[:, 0].unbind(), third[:, 1].unbind()]
+    return [list(candidate) for candidate in zip(*columns, strict=True)]
+
+
+def _side_by_side(params: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """gamma and beta of each norm, those of all candidates one after the other; BN1's are empty without expand."""
+    each = [[p[i] for p in params] if -i <= len(params[0]) else [] for i in (-8, -7, -5, -4, -2, -1)]
+    if len(params) == 1:
+        empty = params[0][-1].new_empty(0)
+        return [vectors[0] if vectors else empty for vectors in each]
+    # One launch for all, each vector on its own 16 bytes' boundary, as the compiled kernels expect.
+    sizes = [sum(v.numel() for v in vectors) for vectors in each]
+    gaps = [-size % 8 for size in sizes]
+    pads = [each[-1][0].new_empty(gap) for gap in gaps]
+    joined = torch.cat([v for vectors, pad in zip(each, pads, strict=True) for v in (*vectors, pad)])
+    pieces = joined.split([length for pair in zip(sizes, gaps, strict=True) for length in pair])
+    return list(pieces[::2])
 
 
 def update_running(
     statistics: Tensor, running: Sequence[Tensor], pixels_in: int, pixels_out: int, momentum: float
 ) -> None:
     """proxyless_fast::update_running: as torch's batch norm does, the variance unbiased."""
-    parts = statistics.split([r.shape[0] for r in running])
-    counts = [pixels_out] * len(running)
-    if len(running) == 6:
-        counts[:2] = [pixels_in] * 2
-    unbiased = [n / max(n - 1, 1) if i % 2 else 1.0 for i, n in enumerate(counts)]
-    new = torch._foreach_mul(list(parts), unbiased)
-    torch._foreach_lerp_(list(running), [t.to(r.dtype) for t, r in zip(new, running, strict=True)], momentum)
+    _move_running(statistics.split([r.shape[0] for r in running]), running, pixels_in, pixels_out, momentum)
+
+
+def _move_running(
+    moments: Sequence[Tensor], running: Sequence[Tensor], pixels_in: int, pixels_out: int, momentum: float
+) -> None:
+    """Mean and variance of one, two or three norms, in order; the first of three has pixels_in pixels."""
+    norms = [(*moments[i : i + 2], *running[i : i + 2]) for i in range(0, len(running), 2)]
+    missing = [(None,) * 4] * (3 - len(norms))
+    widest = max(r.shape[0] for r in running)
+    launch.run(
+        nm.update_running, (-(-widest // 64), 3), Config({"BC": 64}, 2, 1),
+        *(t for norm in (*missing, *norms) for t in norm), pixels_in, pixels_out, MOMENTUM=momentum,
+        CH=running[-4].shape[0] if len(norms) > 1 else 0, CO=running[-1].shape[0],
+    )  # fmt: skip
+
+
+def norm_dot(grad: Tensor, y: Tensor, statistics: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """proxyless_fast::norm_dot: <grad, BN(y)> in one pass over both."""
+    g, rows = rows_of(grad.to(y.dtype)), rows_of(y)
+    co = g.shape[1]
+    mean, var = statistics[-2 * co : -co], statistics[-co:]
+    gate = torch.empty((), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+    partial = pair_sums(g, rows, mean)
+    small = Config({"BT": 16, "BC": padded(co)}, 4, 1)
+    launch.run(
+        pb.finish_gate, (1,), small, partial, mean, var, gamma, beta, gate, partial.shape[0], EPS=eps, C=co,
+    )  # fmt: skip
+    return gate

@@ -43,7 +43,7 @@ _HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
     },
     "depthwise_backward": {
         "half": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
-        "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 1))],
+        "float": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
     },
     "project": {
         "half": [

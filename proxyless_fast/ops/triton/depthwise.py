@@ -6,7 +6,7 @@ Where the CUDA C++ part is built, its stencils do this job; these kernels make t
 import triton
 import triton.language as tl
 
-from .common import merge_moments, tile_moments
+from .common import load_affine, merge_moments, tile_moments
 
 # Loops over the rows of a kernel stay loops: unrolled, the loads of all 49 taps would be in flight at once and spill.
 
@@ -56,41 +56,19 @@ def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_
 
 
 @triton.jit
-def load_dd(dz, d, row, c, live, p, r, t, mean, C: tl.constexpr, TRAINING: tl.constexpr):
-    """The gradient of d behind BN2's backward, p dz + r (d - mean) + t; zeros outside."""
-    at = row[:, None] * C + c[None, :]
-    dd = p[None, :] * tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
-    if TRAINING:
-        dd += r[None, :] * (tl.load(d + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) + t[None, :]
-        dd = tl.where(live, dd, 0.0)
-    return dd
-
-
-@triton.jit
-def load_affine(affine, norm, c, inside, C: tl.constexpr):
-    p = tl.load(affine + c, mask=inside, other=0.0)
-    r = tl.load(affine + C + c, mask=inside, other=0.0)
-    t = tl.load(affine + 2 * C + c, mask=inside, other=0.0)
-    return p, r, t, tl.load(norm + c, mask=inside, other=0.0)
-
-
-@triton.jit
-def depthwise_backward(dz, d, affine, norm, taps, e, de, partial, pixels, rows, height, width, out_height, out_width,
+def depthwise_backward(dz, d, affine, taps, e, de, partial, pixels, rows, height, width, out_height, out_width,
                        C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr,
                        BM: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """Both gradients in one pass, BN2's backward applied to (dz, d) as they are read.
 
-    de (B, height, width, C): the input's. partial, where it is given, (programs, K * K, C): the taps', summed over
+    de (B, height, width, C): the input's. partial, where it is given, (programs, C, K * K): the taps', summed over
     `rows` input pixels each; tap k of input pixel p meets the same output pixel in both. BT covers K * K.
     """
     program = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
     tap = tl.arange(0, BT)
-    p = tl.load(affine + c, mask=inside, other=0.0)
-    q = tl.load(affine + C + c, mask=inside, other=0.0)
-    t = tl.load(affine + 2 * C + c, mask=inside, other=0.0)
-    mean = tl.load(norm + c, mask=inside, other=0.0)
+    p, q, mean, t = load_affine(affine, c, inside, C)
     if partial is not None:
         dw = tl.zeros((BT, BC), tl.float32)
     count = tl.minimum(rows, pixels - program * rows)
@@ -131,5 +109,5 @@ def depthwise_backward(dz, d, affine, norm, taps, e, de, partial, pixels, rows, 
                     dw += tl.where(tap[:, None] == ky * K + kx, tl.sum(dd * et, 0)[None, :], 0.0)
         tl.store(de + at, acc.to(de.dtype.element_ty), mask=here)
     if partial is not None:
-        at = partial + program * (K * K * C) + tap[:, None] * C + c[None, :]
+        at = partial + program * (K * K * C) + tap[:, None] + c[None, :] * (K * K)
         tl.store(at, dw, mask=(tap < K * K)[:, None] & inside[None, :])

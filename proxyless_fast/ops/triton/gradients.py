@@ -9,10 +9,24 @@ from torch import Tensor
 
 from . import backward as bw
 from . import depthwise as dw
+from . import gram as gm
 from . import launch, passes
-from . import norm as nm
-from .configs import padded
-from .passes import Block, depthwise, expand, finish_gradient, image_of, make_block, norm_of, rows_of, taps_of
+from .configs import Config, padded
+from .passes import (
+    Block,
+    depthwise,
+    expand,
+    finish_gradient,
+    image_of,
+    inputs_config,
+    make_block,
+    norms_of,
+    pair_sums,
+    rows_of,
+    taps_of,
+)
+
+CORRECTION = Config({"BI": 32, "BC": 32}, 4, 2)
 
 
 def mbconv_backward(
@@ -35,23 +49,20 @@ def mbconv_backward(
     """proxyless_fast::mbconv_backward: dx if `input`, and if `weights` the gradients of params in their order."""
     block = make_block(x, [params], stride, activation)
     g, y_rows = rows_of(grad.to(x.dtype)), rows_of(y)
-    stats = statistics.split([params[3 * i + 1].numel() for i in range(len(params) // 3) for _ in range(2)])
-    norm1 = None if block.w1 is None else norm_of(stats[0], stats[1], params[1], params[2], eps)
-    norm2 = norm_of(stats[-4], stats[-3], params[-5], params[-4], eps)
-    norm3 = norm_of(stats[-2], stats[-1], params[-2], params[-1], eps)
+    norm1, norm2, norm3 = norms_of(statistics, params, eps)
     lean = d.numel() == 0
     e = expand(block, norm1) if weights or lean else None
     d_rows = depthwise(block, e, moments=False)[0] if lean and e is not None else rows_of(d)
 
     third, affine3 = _norm3(block, g, y_rows, norm3, training)
-    dz, dwp, second, affine2 = _project(block, d_rows, g, y_rows, norm2, norm3, affine3, training, weights)
-    de, dtaps = _depthwise(block, dz, d_rows, affine2, norm2, e if weights else None, training)
+    dz, dwp, second, affine2 = _project(block, d_rows, g, y_rows, norm2, affine3, training, weights)
+    de, dtaps = _depthwise(block, dz, d_rows, affine2, e if weights else None, training)
     del dz, e
     first: list[Tensor] = []
     dx = de if input else None
     if norm1 is not None:
-        dx, first = _expand(block, de, norm1, mean, cov, training, input, weights)
-    if shortcut and dx is not None:
+        dx, first = _expand(block, de, norm1, mean, cov, training, input, weights, g if shortcut else None)
+    elif shortcut and dx is not None:
         dx = dx.add_(g)
     result = block.empty(0) if dx is None else image_of(dx, *block.size[:3])
     if dtaps is None or dwp is None:
@@ -64,13 +75,7 @@ Pair = tuple[Tensor, Tensor]  # gradients of a norm's gamma and beta
 
 
 def _norm3(block: Block, g: Tensor, y: Tensor, norm3: Tensor, training: bool) -> tuple[Pair, Tensor]:
-    co = g.shape[1]
-    cfg = launch.config("rows", g, co)
-    cfg = cfg._replace(tile=cfg.tile | {"BC": padded(co)})
-    rows, programs = launch.split(block.out_pixels, cfg)
-    partial = block.empty(programs, 2, co, dtype=torch.float32)
-    launch.run(nm.pair_sums, (programs,), cfg, g, y, norm3, partial, block.out_pixels, rows, C=co)
-    return finish_gradient(partial, block.out_pixels, norm3, training)
+    return finish_gradient(pair_sums(g, y, norm3), block.out_pixels, norm3, training)
 
 
 # Output channels whose share of dWp fits into a program's registers beside dz; with more, dWp has launches of its own.
@@ -83,7 +88,6 @@ def _project(
     g: Tensor,
     y: Tensor,
     norm2: Tensor,
-    norm3: Tensor,
     affine3: Tensor,
     training: bool,
     weights: bool,
@@ -99,7 +103,7 @@ def _project(
         partial = block.empty(programs, 2, ch, dtype=torch.float32) if with_dz else None
         parts = block.empty(programs, channels, ch, dtype=torch.float32) if with_weights else None
         launch.run(
-            bw.project_backward, (programs * columns,), cfg, d, norm2, g, y, affine3, norm3, block.wp,
+            bw.project_backward, (programs * columns,), cfg, d, norm2, g, y, affine3, block.wp,
             dz if with_dz else None, partial, parts, block.out_pixels, rows, CH=ch, CO=co, ACT=block.activation,
             TRAINING=training, FIRST=first, PRECISION=launch.precision(d.dtype), BN=padded(channels),
         )  # fmt: skip
@@ -117,12 +121,12 @@ def _project(
 
 
 def _depthwise(
-    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor, e: Tensor | None, training: bool
+    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, e: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor | None]:
     """de, and where e is given the gradient of the taps."""
     ((_, k, taps),) = block.taps
     if passes.stencils(dz, [k], block.stride):
-        return _depthwise_stencil(block, dz, d, affine2, norm2, e)
+        return _depthwise_stencil(block, dz, d, affine2, e)
     cfg = launch.config("depthwise_backward", dz, block.ch, BC=block.ch)
     columns = -(-block.ch // cfg.tile["BC"])
     de, partial = block.empty(block.pixels, block.ch), None
@@ -130,20 +134,19 @@ def _depthwise(
     programs = -(-block.pixels // rows)
     if e is not None:
         rows, programs = launch.split(block.pixels, cfg, columns, least=16 * k * k)
-        partial = block.empty(programs, k * k, block.ch, dtype=torch.float32)
+        partial = block.empty(programs, block.ch, k * k, dtype=torch.float32)
     launch.run(
-        dw.depthwise_backward, (programs, columns), cfg, dz, d, affine2, norm2, taps, e, de, partial, block.pixels,
+        dw.depthwise_backward, (programs, columns), cfg, dz, d, affine2, taps, e, de, partial, block.pixels,
         rows, *block.size[1:], C=block.ch, K=k, STRIDE=block.stride, TRAINING=training, BT=padded(k * k),
     )  # fmt: skip
-    return de, None if partial is None else partial.sum(0).t()
+    return de, None if partial is None else partial.sum(0)
 
 
 def _depthwise_stencil(
-    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor, e: Tensor | None
+    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, e: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     out, taps = (block.size[0], *block.size[3:]), taps_of(block)
-    affine = torch.stack([affine2[0], affine2[1], norm2[0], affine2[2]])
-    gradient = (image_of(dz, *out), image_of(d, *out), affine)
+    gradient = (image_of(dz, *out), image_of(d, *out), affine2)
     if e is None:  # of the input the stencil needs only the shape then
         like = image_of(block.empty(block.pixels, block.ch), *block.size[:3])
         q = torch.ops.proxyless_fast.depthwise_backward_input(*gradient, like, None, None, taps, block.stride, False)
@@ -163,39 +166,46 @@ def _expand(
     training: bool,
     input: bool,
     weights: bool,
+    shortcut: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx (rows) if `input`, and [dW1, dgamma1, dbeta1] if `weights`, from de."""
+    """dx (rows), with the shortcut's gradient added, if `input`, and [dW1, dgamma1, dbeta1] if `weights`, from de."""
     x, w1 = block.x, block.w1
     assert w1 is not None
     if training and (mean is None or cov is None):
         raise ValueError("mbconv_backward: mean and cov of x are needed in training, got None")
-    ci = x.shape[1]
+    ch, ci = w1.shape
     centre = torch.zeros(ci, device=x.device) if mean is None else mean.float()
     shares, a, partial = _expand_passes(block, de, norm1, centre, input, weights)
     (dgamma, dbeta), _ = finish_gradient(partial, block.pixels, norm1, training)
 
-    # What BN1's statistics add, in Ci x Ci matrices and float64 (the oracle's last lines, written about the mean of x).
-    w, scale, inverse = w1.double(), norm1[2].double(), norm1[1].double()
-    dg, db = dgamma.double(), dbeta.double()
     dx = None
-    if input and shares is not None:
-        correction, constant = torch.zeros_like(w.t() @ w), torch.zeros_like(centre)
+    if shares is not None:
+        correction = constant = None
         if training:
-            correction = (w * (scale * inverse * dg / block.pixels)[:, None]).t() @ w
-            constant = ((scale * db / block.pixels) @ w).float()
+            correction, constant = block.empty(ci, ci), torch.empty_like(centre)
+            tiles = -(-ci // CORRECTION.tile["BI"])
+            launch.run(
+                gm.expand_correction, (tiles, tiles), CORRECTION, w1, norm1, dgamma, dbeta, correction, constant,
+                block.pixels, CI=ci, CH=ch,
+            )  # fmt: skip
         dx = torch.empty_like(x)
         cfg = launch.config("finish_input", x, ci, BN=ci, BK=ci)
         launch.run(
             bw.finish_input, (-(-block.pixels // cfg.tile["BM"]) * -(-ci // cfg.tile["BN"]),), cfg, shares, x, centre,
-            correction.to(x.dtype), constant, dx, block.pixels, CI=ci, PARTS=shares.shape[0],
+            correction, constant, shortcut, dx, block.pixels, CI=ci, PARTS=shares.shape[0],
             PRECISION=launch.precision(x.dtype),
         )  # fmt: skip
     if a is None:
         return dx, []
-    total = a.sum(0, dtype=torch.float64)
-    if training and cov is not None:
-        total -= (dg * inverse)[:, None] * (w @ cov.double())
-    return dx, [scale[:, None] * total, dgamma, dbeta]
+    wide = x.dtype == torch.float32
+    total = a.sum(0, dtype=torch.float64 if wide else torch.float32)
+    dweight = torch.empty(ch, ci, dtype=torch.float32, device=x.device)
+    cfg = inputs_config(ci)
+    launch.run(
+        gm.finish_weight, (-(-ch // cfg.tile["BC"]),), cfg, total, w1, cov, norm1, dgamma, dweight, CI=ci, CH=ch,
+        TRAINING=training, WIDE=wide,
+    )  # fmt: skip
+    return dx, [dweight, dgamma, dbeta]
 
 
 def _expand_passes(

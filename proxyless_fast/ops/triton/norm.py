@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .common import write_norm
+
 
 @triton.jit
 def combine_moments(partial, c, inside, tiles, pixels, rows, STRIDE: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
@@ -81,12 +83,72 @@ def finish_moments(partial, gamma, beta, statistics, norm, tiles, pixels, rows, 
     mean, var = combine_moments(partial, c, inside, tiles, pixels, rows, 2 * C, C, BT, BC)
     tl.store(statistics + c, mean, mask=inside)
     tl.store(statistics + C + c, var, mask=inside)
-    inverse = 1.0 / tl.sqrt(var + EPS)
-    gain = tl.load(gamma + c, mask=inside, other=0.0).to(tl.float64)
-    tl.store(norm + c, mean.to(tl.float32), mask=inside)
-    tl.store(norm + C + c, inverse.to(tl.float32), mask=inside)
-    tl.store(norm + 2 * C + c, (gain * inverse).to(tl.float32), mask=inside)
-    tl.store(norm + 3 * C + c, tl.load(beta + c, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    write_norm(mean, var, gamma, beta, norm, c, inside, EPS, C)
+
+
+@triton.jit
+def norm_from(mean, var, gamma, beta, statistics, norm, EPS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """`finish_moments` where mean and variance (C,) are already there; statistics may be absent."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < C
+    m = tl.load(mean + c, mask=inside, other=0.0).to(tl.float64)
+    v = tl.load(var + c, mask=inside, other=0.0).to(tl.float64)
+    if statistics is not None:
+        tl.store(statistics + c, m, mask=inside)
+        tl.store(statistics + C + c, v, mask=inside)
+    write_norm(m, v, gamma, beta, norm, c, inside, EPS, C)
+
+
+@triton.jit
+def norms_of_block(statistics, gamma1, beta1, gamma2, beta2, gamma3, beta3, norm1, norm2, norm3, EPS: tl.constexpr,
+                   CH: tl.constexpr, CO: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """All norms of a block from its statistics: mean and variance of each, in order. Grid: (blocks, 3)."""
+    which = tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside, inside_o = c < CH, c < CO
+    if norm1 is not None:
+        if which == 0:
+            m = tl.load(statistics + c, mask=inside, other=0.0)
+            v = tl.load(statistics + CH + c, mask=inside, other=0.0)
+            write_norm(m, v, gamma1, beta1, norm1, c, inside, EPS, CH)
+        statistics += 2 * CH
+    if which == 1:
+        m = tl.load(statistics + c, mask=inside, other=0.0)
+        v = tl.load(statistics + CH + c, mask=inside, other=0.0)
+        write_norm(m, v, gamma2, beta2, norm2, c, inside, EPS, CH)
+    if which == 2:
+        m = tl.load(statistics + 2 * CH + c, mask=inside_o, other=0.0)
+        v = tl.load(statistics + 2 * CH + CO + c, mask=inside_o, other=0.0)
+        write_norm(m, v, gamma3, beta3, norm3, c, inside_o, EPS, CO)
+
+
+@triton.jit
+def move_running(mean, var, running_mean, running_var, c, inside, pixels, MOMENTUM: tl.constexpr):
+    count = tl.cast(pixels, tl.float64)
+    unbiased = count / tl.where(count > 1, count - 1, 1)
+    old = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
+    new = tl.load(mean + c, mask=inside, other=0.0)
+    tl.store(running_mean + c, old + (new - old) * MOMENTUM, mask=inside)
+    old = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float64)
+    new = tl.load(var + c, mask=inside, other=0.0) * unbiased
+    tl.store(running_var + c, old + (new - old) * MOMENTUM, mask=inside)
+
+
+@triton.jit
+def update_running(mean1, var1, running_mean1, running_var1, mean2, var2, running_mean2, running_var2, mean3, var3,
+                   running_mean3, running_var3, pixels_in, pixels_out, MOMENTUM: tl.constexpr, CH: tl.constexpr,
+                   CO: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Running statistics of up to three norms, as torch's batch norm moves them. Grid: (blocks, 3)."""
+    which = tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    if mean1 is not None:  # noqa: SIM102  (known when compiled, unlike the next)
+        if which == 0:
+            move_running(mean1, var1, running_mean1, running_var1, c, c < CH, pixels_in, MOMENTUM)
+    if mean2 is not None:  # noqa: SIM102
+        if which == 1:
+            move_running(mean2, var2, running_mean2, running_var2, c, c < CH, pixels_out, MOMENTUM)
+    if which == 2:
+        move_running(mean3, var3, running_mean3, running_var3, c, c < CO, pixels_out, MOMENTUM)
 
 
 @triton.jit
@@ -94,8 +156,7 @@ def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAININ
                     BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """A batch norm's backward from partial (tiles, 2, C): sums of g and of g (v - mean).
 
-    dgamma, dbeta: float32 (C,). affine, float32 (3, C): p, r, t with
-    dv = p g + r (v - mean) + t.
+    dgamma, dbeta: float32 (C,). affine, float32 (4, C): p, r, mean, t with dv = p g + r (v - mean) + t.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
@@ -112,18 +173,20 @@ def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAININ
     gain = sum_gv * inverse
     tl.store(dgamma + c, gain.to(tl.float32), mask=inside)
     tl.store(dbeta + c, sum_g.to(tl.float32), mask=inside)
-    tl.store(affine + c, scale.to(tl.float32), mask=inside)
+    r = tl.zeros((BC,), tl.float64)
+    t = tl.zeros((BC,), tl.float64)
     if TRAINING:
-        tl.store(affine + C + c, (-scale * inverse * gain / pixels).to(tl.float32), mask=inside)
-        tl.store(affine + 2 * C + c, (-scale * sum_g / pixels).to(tl.float32), mask=inside)
-    else:
-        tl.store(affine + C + c, tl.zeros((BC,), tl.float32), mask=inside)
-        tl.store(affine + 2 * C + c, tl.zeros((BC,), tl.float32), mask=inside)
+        r = -scale * inverse * gain / pixels
+        t = -scale * sum_g / pixels
+    tl.store(affine + c, scale.to(tl.float32), mask=inside)
+    tl.store(affine + C + c, r.to(tl.float32), mask=inside)
+    tl.store(affine + 2 * C + c, tl.load(norm + c, mask=inside, other=0.0), mask=inside)
+    tl.store(affine + 3 * C + c, t.to(tl.float32), mask=inside)
 
 
 @triton.jit
-def normalise(y, norm, out, pixels, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """out = BN(y): rows x channels, one narrow pass."""
+def normalise(y, norm, shortcut, out, pixels, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """out = BN(y) + shortcut, which may be absent: rows x channels, one narrow pass."""
     first = tl.program_id(0).to(tl.int64) * BM
     r = tl.arange(0, BM)
     c = tl.arange(0, BC)
@@ -134,16 +197,21 @@ def normalise(y, norm, out, pixels, C: tl.constexpr, BM: tl.constexpr, BC: tl.co
     scale = tl.load(norm + 2 * C + c, mask=inside, other=0.0)
     shift = tl.load(norm + 3 * C + c, mask=inside, other=0.0)
     value = (tl.load(y + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+    if shortcut is not None:
+        value += tl.load(shortcut + at, mask=live, other=0.0).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def pair_sums(g, v, norm, partial, pixels, rows, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """partial (programs, 2, C): sums of g and of g (v - mean) over `rows` rows each; what `finish_gradient` reads."""
+def pair_sums(g, v, mean, partial, pixels, rows, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """partial (programs, 2, C): sums of g and of g (v - mean) over `rows` rows each, mean (C,) taken as float32.
+
+    What `finish_gradient` and `finish_gate` read.
+    """
     program = tl.program_id(0)
     c = tl.arange(0, BC)
     inside = c < C
-    mean = tl.load(norm + c, mask=inside, other=0.0)
+    m = tl.load(mean + c, mask=inside, other=0.0).to(tl.float32)
     sum_g = tl.zeros((BC,), tl.float32)
     sum_gv = tl.zeros((BC,), tl.float32)
     count = tl.minimum(rows, pixels - program * rows)
@@ -156,6 +224,6 @@ def pair_sums(g, v, norm, partial, pixels, rows, C: tl.constexpr, BM: tl.constex
         gt = tl.load(g + at, mask=live, other=0.0).to(tl.float32)
         vt = tl.load(v + at, mask=live, other=0.0).to(tl.float32)
         sum_g += tl.sum(gt, 0)
-        sum_gv += tl.sum(gt * (vt - mean[None, :]), 0)
+        sum_gv += tl.sum(gt * (vt - m[None, :]), 0)
     tl.store(partial + program * 2 * C + c, sum_g, mask=inside)
     tl.store(partial + program * 2 * C + C + c, sum_gv, mask=inside)

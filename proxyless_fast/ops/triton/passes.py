@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from . import project as pj
 from .configs import Config, padded
 
 SMALL = Config({"BT": 64, "BC": 16}, 4, 1)
+NARROW = Config({"BC": 16}, 1, 1)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -62,11 +64,14 @@ class Block:
 def make_block(x: Tensor, params: Sequence[Sequence[Tensor]], stride: int, activation: str) -> Block:
     batch, _, height, width = x.shape
     ho, wo = (height - 1) // stride + 1, (width - 1) // stride + 1
-    dtype = x.dtype
-    has_expand = len(params[0]) == 9
-    side_by_side = (lambda ts, dim: ts[0]) if len(params) == 1 else torch.cat
-    w1 = side_by_side([p[0].flatten(1).to(dtype) for p in params], 0).contiguous() if has_expand else None
-    wp = side_by_side([p[-3].flatten(1).to(dtype) for p in params], 1).contiguous()
+    expands = [p[0].flatten(1) for p in params if len(p) == 9]
+    projects = [p[-3].flatten(1) for p in params]
+    if len(params) == 1:
+        *first_weight, wp = _rounded([*expands, *projects], x.dtype)
+        w1 = first_weight[0] if first_weight else None
+    else:
+        w1 = torch.cat(expands).to(x.dtype) if expands else None
+        wp = torch.cat(projects, 1).to(x.dtype)
     taps, first = [], 0
     for p in params:
         taps.append((first, p[-6].shape[-1], p[-6].contiguous()))
@@ -74,24 +79,72 @@ def make_block(x: Tensor, params: Sequence[Sequence[Tensor]], stride: int, activ
     return Block(rows_of(x), (batch, height, width, ho, wo), w1, taps, wp, first, stride, activation)
 
 
+def _rounded(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in `dtype`, contiguous: themselves, or copies by one launch."""
+    if all(w.dtype == dtype for w in weights):
+        return [w.contiguous() for w in weights]
+    rounded = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
+    torch._foreach_copy_(rounded, list(weights))
+    return rounded
+
+
 # --- batch norms ------------------------------------------------------------------------------------------------------
 
 
-def norm_of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """float32 (4, C) as the kernels read it (common.py)."""
-    inverse = (var.double() + eps).rsqrt()
-    return torch.stack([mean.double(), inverse, gamma.double() * inverse, beta.double()]).float()
+class Moments(NamedTuple):
+    """Mean and variance (C,) of a tensor, finished: what the CUDA C++ stencils give in place of partial moments."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def norm_from(
+    mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float, statistics: Tensor | None = None
+) -> Tensor:
+    """The norm, float32 (4, C) as the kernels read it (common.py), of these statistics; they are written out too."""
+    c = mean.shape[0]
+    norm = torch.empty(4, c, dtype=torch.float32, device=mean.device)
+    launch.run(
+        nm.norm_from, (-(-c // 16),), NARROW, mean, var, gamma, beta, statistics, norm, EPS=eps, C=c,
+    )  # fmt: skip
+    return norm
+
+
+def norms_of(statistics: Tensor, params: Sequence[Tensor], eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The norms of a block, in order, from its statistics vector: one launch."""
+    ch, co = params[-5].numel(), params[-2].numel()
+    sizes = [4 * ch] * (len(params) // 3 - 1) + [4 * co]
+    norms = torch.empty(sum(sizes), dtype=torch.float32, device=statistics.device).split(sizes)
+    first = (params[1], params[2], norms[0]) if len(sizes) == 3 else (None, None, None)
+    launch.run(
+        nm.norms_of_block, (-(-max(ch, co) // 16), 3), NARROW, statistics, *first[:2], *params[-5:-3], *params[-2:],
+        first[2], *norms[-2:], EPS=eps, CH=ch, CO=co,
+    )  # fmt: skip
+    return first[2], norms[-2], norms[-1]
 
 
 def finish_moments(
-    partial: Tensor | None, rows: int, pixels: int, gamma: Tensor, beta: Tensor, eps: float
+    partial: Tensor | Moments | None,
+    rows: int,
+    pixels: int,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics, float64 (2, C), and norm, float32 (4, C), from partial moments (..., 2, C) of `rows` rows each."""
+    """Statistics, float64 (2, C), and norm, float32 (4, C), from partial moments (..., 2, C) of `rows` rows each.
+
+    statistics: where to write them, any shape; else a new tensor.
+    """
     assert partial is not None
+    c = gamma.numel()
+    device = gamma.device
+    if statistics is None:
+        statistics = torch.empty(2, c, dtype=torch.float64, device=device)
+    if isinstance(partial, Moments):
+        return statistics, norm_from(*partial, gamma, beta, eps, statistics)
     partial = partial.flatten(0, -3)
-    c = partial.shape[-1]
-    statistics = torch.empty(2, c, dtype=torch.float64, device=partial.device)
-    norm = torch.empty(4, c, dtype=torch.float32, device=partial.device)
+    norm = torch.empty(4, c, dtype=torch.float32, device=device)
     launch.run(
         nm.finish_moments, (-(-c // 16),), SMALL, partial, gamma, beta, statistics, norm, partial.shape[0], pixels,
         rows, EPS=eps, C=c,
@@ -103,7 +156,7 @@ def finish_gradient(partial: Tensor, pixels: int, norm: Tensor, training: bool) 
     """((dgamma, dbeta), affine) of a norm whose partial sums these are (norm.py)."""
     c = partial.shape[-1]
     dgamma, dbeta = (torch.empty(c, dtype=torch.float32, device=partial.device) for _ in range(2))
-    affine = torch.empty(3, c, dtype=torch.float32, device=partial.device)
+    affine = torch.empty(4, c, dtype=torch.float32, device=partial.device)
     launch.run(
         nm.finish_gradient, (-(-c // 16),), SMALL, partial, norm, dgamma, dbeta, affine, partial.shape[0],
         pixels, TRAINING=training, C=c,
@@ -111,34 +164,46 @@ def finish_gradient(partial: Tensor, pixels: int, norm: Tensor, training: bool) 
     return (dgamma, dbeta), affine
 
 
-def gram_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and covariance (C, C), float64, of rows x."""
+def gram_rows(x: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and covariance (C, C) of rows x, computed in float64 and stored in `dtype`."""
     pixels, c = x.shape
-    pivot = x[:: max(1, pixels // 64)][:64].float().mean(0)
     cfg = launch.config("gram", x, c, BC=c)
     block = cfg.tile["BC"]
     tiles = -(-c // block)
     rows, programs = launch.split(pixels, cfg, tiles * tiles, least=8 * c)
     sums = torch.empty(programs, c, dtype=torch.float32, device=x.device)
     seconds = torch.empty(programs, c, c, dtype=torch.float32, device=x.device)
-    mean = torch.empty(c, dtype=torch.float64, device=x.device)
-    cov = torch.empty(c, c, dtype=torch.float64, device=x.device)
+    mean = torch.empty(c, dtype=dtype, device=x.device)
+    cov = torch.empty(c, c, dtype=dtype, device=x.device)
     launch.run(
-        gm.gram_partial, (programs, tiles, tiles), cfg, x, pivot, sums, seconds, pixels, rows, C=c,
+        gm.gram_partial, (programs, tiles, tiles), cfg, x, sums, seconds, pixels, rows, C=c,
         PRECISION=launch.precision(x.dtype),
     )  # fmt: skip
     small = Config({"BT": 64, "BC": min(64, padded(c))}, 4, 1)
     launch.run(
-        gm.gram_finish, (c, -(-c // small.tile["BC"])), small, pivot, sums, seconds, mean, cov, programs, pixels, C=c,
+        gm.gram_finish, (c, -(-c // small.tile["BC"])), small, x, sums, seconds, mean, cov, programs, pixels, C=c,
     )  # fmt: skip
     return mean, cov
 
 
-def expand_moments(w1: Tensor, mean: Tensor | None, cov: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x W1^T from those of x, float64."""
+def inputs_config(ci: int) -> Config:
+    """Of the small products with all inputs of some expanded channels at hand."""
+    return Config({"BI": padded(ci), "BC": 16 if ci <= 64 else 8}, 4, 1)
+
+
+def expand_moments(
+    w1: Tensor, mean: Tensor | None, cov: Tensor | None, gamma: Tensor, beta: Tensor, eps: float, statistics: Tensor
+) -> Tensor:
+    """BN1 as the kernels read it, from mean and covariance of x; `statistics`, float64 (2 Ch,), gets its own."""
     assert mean is not None and cov is not None
-    w = w1.double()
-    return w @ mean.double(), ((w @ cov.double()) * w).sum(1).clamp_min(0)
+    ch, ci = w1.shape
+    norm = torch.empty(4, ch, dtype=torch.float32, device=w1.device)
+    cfg = inputs_config(ci)
+    launch.run(
+        gm.expand_moments, (-(-ch // cfg.tile["BC"]),), cfg, w1, mean, cov, gamma, beta, statistics, norm, EPS=eps,
+        CI=ci, CH=ch, WIDE=w1.dtype == torch.float32,
+    )  # fmt: skip
+    return norm
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
@@ -176,14 +241,13 @@ def taps_of(block: Block) -> Tensor:
     return taps[0] if len(taps) == 1 else torch.cat(taps)
 
 
-def depthwise(block: Block, e: Tensor, moments: bool) -> tuple[Tensor, Tensor | None, int]:
+def depthwise(block: Block, e: Tensor, moments: bool) -> tuple[Tensor, Tensor | Moments | None, int]:
     """d (out pixels, Ch), and if wanted its partial moments with the rows that each is of."""
     if stencils(e, [k for _, k, _ in block.taps], block.stride):
         d, mean, var = torch.ops.proxyless_fast.depthwise_forward(
             image_of(e, *block.size[:3]), taps_of(block), None, None, block.stride
         )
-        partial = torch.stack([mean, var * block.out_pixels])[None] if moments else None
-        return rows_of(d), partial, block.out_pixels
+        return rows_of(d), Moments(mean, var) if moments else None, block.out_pixels
     d = block.empty(block.out_pixels, block.ch)
     cfg = launch.config("depthwise", e, block.ch, BC=block.ch)
     rows, programs = launch.split(block.out_pixels, cfg, -(-block.ch // cfg.tile["BC"]))
@@ -238,11 +302,22 @@ def project(
     return y, partial, rows
 
 
-def normalise(y: Tensor, norm: Tensor) -> Tensor:
-    """BN(y), rows."""
+def normalise(y: Tensor, norm: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """BN(y), plus the shortcut where there is one: rows."""
     pixels, c = y.shape
     out = torch.empty_like(y)
     cfg = launch.config("rows", y, c)
     cfg = cfg._replace(tile=cfg.tile | {"BC": padded(c)})
-    launch.run(nm.normalise, (-(-pixels // cfg.tile["BM"]),), cfg, y, norm, out, pixels, C=c)
+    launch.run(nm.normalise, (-(-pixels // cfg.tile["BM"]),), cfg, y, norm, shortcut, out, pixels, C=c)
     return out
+
+
+def pair_sums(g: Tensor, v: Tensor, mean: Tensor) -> Tensor:
+    """Partial sums (programs, 2, C) of g and of g (v - mean) over rows; mean (C,), or more, of which C are read."""
+    pixels, c = g.shape
+    cfg = launch.config("rows", g, c)
+    cfg = cfg._replace(tile=cfg.tile | {"BC": padded(c)})
+    rows, programs = launch.split(pixels, cfg)
+    partial = torch.empty(programs, 2, c, dtype=torch.float32, device=g.device)
+    launch.run(nm.pair_sums, (programs,), cfg, g, v, mean, partial, pixels, rows, C=c)
+    return partial

@@ -1,4 +1,4 @@
-"""Second stage of the probe: gate gradients of all candidates of a launch."""
+"""Second stages of the gate gradients: of all candidates of a probe, and of the active path from its own y."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from .norm import combine_moments, combine_products
 @triton.jit
 def finish_probe(partial, gamma, beta, statistics, gates, tiles, pixels, rows, EPS: tl.constexpr,
                  TRAINING: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """gates[j] = <G, BN3(y_j)>, float64, and statistics (candidates, 2, C) from partial (candidates, tiles, 4, C).
+    """gates[j] = <G, BN3(y_j)>, and statistics (candidates, 2, C), float64, from partial (candidates, tiles, 4, C).
 
     gamma, beta: (candidates, C). With TRAINING false, statistics is read: the running mean and variance.
     """
@@ -30,3 +30,25 @@ def finish_probe(partial, gamma, beta, statistics, gates, tiles, pixels, rows, E
     shift = tl.load(beta + j * C + c, mask=inside, other=0.0).to(tl.float64)
     gate = gain / tl.sqrt(var + EPS) * sum_yg + shift * sum_g
     tl.store(gates + j, tl.sum(tl.where(inside, gate, 0.0), 0))
+
+
+@triton.jit
+def finish_gate(partial, mean, var, gamma, beta, gate, tiles, EPS: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+                BC: tl.constexpr):  # fmt: skip
+    """gate = <G, BN(y)> from partial (tiles, 2, C) of `pair_sums`, whose mean was this one in float32."""
+    c = tl.arange(0, BC)
+    inside = c < C
+    sum_g = tl.zeros((BC,), tl.float64)
+    sum_gy = tl.zeros((BC,), tl.float64)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        live = (t < tiles)[:, None] & inside[None, :]
+        at = partial + t[:, None] * (2 * C) + c[None, :]
+        sum_g += tl.sum(tl.load(at, mask=live, other=0.0).to(tl.float64), 0)
+        sum_gy += tl.sum(tl.load(at + C, mask=live, other=0.0).to(tl.float64), 0)
+    m = tl.load(mean + c, mask=inside, other=0.0)
+    sum_gy += (m.to(tl.float32).to(tl.float64) - m) * sum_g
+    gain = tl.load(gamma + c, mask=inside, other=0.0).to(tl.float64)
+    shift = tl.load(beta + c, mask=inside, other=0.0).to(tl.float64)
+    inverse = 1.0 / tl.sqrt(tl.load(var + c, mask=inside, other=1.0) + EPS)
+    tl.store(gate, tl.sum(tl.where(inside, gain * inverse * sum_gy + shift * sum_g, 0.0), 0))
