@@ -6,6 +6,7 @@ from . import _C, data, export, latency, ops, report, search, spaces  # type: ig
 from .blocks import Identity, MBConv, Zero, candidate
 from .export import from_official
 from .gates import activate_most_likely, arch_parameters, derive, mixed_ops, rescale, sample, weight_parameters
+from .graphs import set_graphs
 from .latency import LatencyTable, expected_latency, profile
 from .mixed import MixedOp
 from .policy import set_policy
@@ -47,6 +48,7 @@ __all__ = [
     "rescale",
     "sample",
     "search",
+    "set_graphs",
     "set_policy",
     "spaces",
     "weight_parameters",

@@ -58,6 +58,7 @@ class MixedOp(nn.Module):
         self.mode: Mode = "path"
         self.active = 0
         self.partner: int | None = None
+        self.graphs: Callable | None = None  # proxyless_fast.set_graphs
         self._gated = [0]
         self._pair_mass: Tensor | None = None
 
@@ -158,6 +159,9 @@ class MixedOp(nn.Module):
     # for every path: the graph breaks here, and the candidates are compiled each for itself.
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        replayed = None if self.graphs is None else self.graphs(self, args, kwargs, False)
+        if replayed is not None:
+            return replayed
         if self.mode in ("sum", "softmax"):
             return self._all_paths(args, kwargs)
         candidate = self.candidates[self.active]
@@ -171,6 +175,9 @@ class MixedOp(nn.Module):
     @torch.compiler.disable(recursive=False)
     def with_shortcut(self, x: Tensor) -> Tensor:
         """self(x) + x, with the sum where the output is written anyway if the active candidate is an MBConv."""
+        replayed = None if self.graphs is None else self.graphs(self, (x,), {}, True)
+        if replayed is not None:
+            return replayed
         candidate = self.candidates[self.active]
         one = self.mode in ("path", "full", "two") and type(self).forward is MixedOp.forward
         if one and not self._gates_wanted and type(candidate) is Zero and not has_hooks(candidate):
