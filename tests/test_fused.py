@@ -254,3 +254,20 @@ def test_a_subclass_runs_as_its_own_forward_says(active, mode):
     ran = [k for k, v in expected.items() if v is not None]
     assert ran == [k for k, v in ours.items() if v is not None]
     assert_same({k: ours[k] for k in ran}, {k: expected[k] for k in ran})
+
+
+def test_torch_compile_takes_a_path_in_one_graph():
+    """The fused ops have fake kernels and autograd of their own: tracing neither breaks nor changes anything."""
+    net = pf.spaces.small(num_classes=10, in_channels=1, resolution=28)
+    choices = {label: op.index("5x5_MBConv3") for label, op in pf.mixed_ops(net).items()}
+    path = pf.derive(net, choices)
+    inside = [m for m in path.modules() if isinstance(m, pf.MBConv)]
+    assert inside and all(block.fused(torch.randn(1, block.in_channels, 8, 8))[0] for block in inside)
+    compiled = torch.compile(copy.deepcopy(path), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 1, 28, 28)
+    for run in (path, compiled):
+        run(x).square().sum().backward()
+    for p, q in zip(path.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    for p, q in zip(path.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
