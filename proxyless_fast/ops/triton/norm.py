@@ -128,10 +128,10 @@ def move_running(mean, var, running_mean, running_var, c, inside, pixels, MOMENT
     unbiased = count / tl.where(count > 1, count - 1, 1)
     old = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
     new = tl.load(mean + c, mask=inside, other=0.0)
-    tl.store(running_mean + c, old + (new - old) * MOMENTUM, mask=inside)
+    tl.store(running_mean + c, (old + (new - old) * MOMENTUM).to(tl.float32), mask=inside)
     old = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float64)
     new = tl.load(var + c, mask=inside, other=0.0) * unbiased
-    tl.store(running_var + c, old + (new - old) * MOMENTUM, mask=inside)
+    tl.store(running_var + c, (old + (new - old) * MOMENTUM).to(tl.float32), mask=inside)
 
 
 @triton.jit

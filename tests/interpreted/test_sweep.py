@@ -1,0 +1,93 @@
+"""The composed MBConv, interpreted, over the shapes that the CPU engine is held to (tests/test_mbconv_ops.py)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_block import FLOOR
+from test_mbconv_ops import EPS, SAMPLES, ids
+
+from proxyless_fast.ops.mbconv import mbconv_reference
+from proxyless_fast.ops.triton import compose, configs, launch, passes
+
+# In half precision without the four large shapes, which add time and no case.
+SMALL = [s for s in SAMPLES if s.batch * s.height * s.width * s.channels * s.expand * s.kernel**2 < 2e6]
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """The interpreter's time goes by programs, not by pixels: the tests of each kernel have the tiles of the table."""
+
+    def config(kernel, x, width, **at_most):
+        found = configs.config(kernel, x.dtype, width, 90, **at_most)
+        return found._replace(tile=found.tile | {"BM": 512})
+
+    monkeypatch.setattr(launch, "config", config)
+
+
+def by_autograd(sample, x, params, running, grad):
+    """Output, dx, gradients of params, gate and moved running statistics."""
+    x, params = x.detach().requires_grad_(), [p.detach().requires_grad_() for p in params]
+    out = mbconv_reference(x, params, running, **sample.options, shortcut=sample.shortcut)
+    grads = torch.autograd.grad(out, [x, *params], grad)
+    gate = (out.detach().double() * grad.double()).sum()
+    if sample.shortcut:  # a candidate's gate does not see the shortcut around it
+        gate -= (x.detach().double() * grad.double()).sum()
+    return [out.detach(), *grads, gate, *running]
+
+
+def composed(sample, x, params, running, grad):
+    """The same by the Triton kernels."""
+    training, tail = sample.training, (sample.stride, sample.activation, sample.training)
+    gram = passes.gram_rows(passes.rows_of(x)) if training and len(params) == 9 else (None, None)
+    keep = {"lean": 1, "fast": 2}[sample.policy]
+    out, y, d, statistics = compose.mbconv(x, params, running, *gram, *tail, EPS, keep, sample.shortcut)
+    saved = (x, y, d, statistics, params, *gram, *tail, EPS)
+    dx, dparams = compose.mbconv_backward(grad, *saved, True, True, sample.shortcut)
+    probed = [r.clone() for r in running]
+    gate = compose.mbconv_probe(x, grad, params, probed, [len(params)], *gram, *tail, 0.1, EPS)[0]
+    if training:
+        compose.update_running(statistics, running, *(t.numel() // t.shape[1] for t in (x, out)), 0.1)
+        for a, b in zip(running, probed, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2**-6, atol=2**-6)  # y is rounded, or not written
+    return [out, dx, *dparams, gate, *running]
+
+
+def errors(sample, dtype):
+    """Name to (our relative error, eager's), for every result; both compute with values rounded to dtype."""
+    x, params, running, grad = sample.tensors(dtype)
+    wide = [x.double(), [p.double() for p in params], [r.double() for r in running], grad.double()]
+    truth = by_autograd(sample, *wide)
+    peer = by_autograd(sample, x, params, [r.clone() for r in running], grad)
+    ours = composed(sample, x, params, running, grad)
+    weights = ["w1", "g1", "b1", "wd", "g2", "b2", "wp", "g3", "b3"][-len(params) :]
+    names = ["out", "dx", *weights, "gate", *(f"running[{i}]" for i in range(len(running)))]
+    found = {}
+    for name, a, b, t in zip(names, ours, peer, truth, strict=True):
+        assert a.shape == t.shape, name
+        scale = truth[0].norm() * wide[-1].norm() / truth[0].numel() ** 0.5 if name == "gate" else t.norm()
+        found[name] = tuple(((v.double() - t).norm() / scale).item() for v in (a, b))
+    return found
+
+
+# A norm over two pixels amplifies rounding as it likes, eager's as well as ours.
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.batch * s.height * s.width > 4], ids=ids)
+def test_sweep_in_float32(sample):
+    for name, (error, allowed) in errors(sample, torch.float32).items():
+        assert error <= 2 * allowed + FLOOR[torch.float32], f"{name}: {error:.2e}, eager {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sweep_in_half_precision(dtype):
+    """Over all shapes together: in one, a single pre-activation that rounds across a bound decides, ours or eager's."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for sample in SMALL:
+        for name, pair in errors(sample, dtype).items():
+            found.setdefault(name, []).append(pair)
+    for name, pairs in found.items():
+        ours, eager = (sum(e**2 for e in column) ** 0.5 for column in zip(*pairs, strict=True))
+        assert ours <= 2 * eager + FLOOR[dtype], f"{name}: {ours:.2e}, eager {eager:.2e} over {len(pairs)} shapes"
