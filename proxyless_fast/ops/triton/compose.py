@@ -16,8 +16,7 @@ from .configs import Config, padded
 from .gradients import mbconv_backward
 from .passes import (
     Block,
-    depthwise,
-    expand,
+    expand_depthwise,
     expand_moments,
     finish_moments,
     gram_rows,
@@ -65,7 +64,7 @@ def mbconv(
         first = expand_moments(block.w1, mean, cov) if training else running[:2]
         statistics += first
         norm1 = norm_of(first[0], first[1], params[1], params[2], eps)
-    d, partial, rows = depthwise(block, expand(block, norm1), moments=training)
+    d, partial, rows = expand_depthwise(block, norm1, moments=training)
     if training:
         second, norm2 = finish_moments(partial, rows, block.out_pixels, params[-5], params[-4], eps)
         y, partial, rows = project(block, d, norm2, "train")
@@ -175,7 +174,7 @@ def _probe(
     if block.w1 is not None:
         norms.append(expand_moments(block.w1, mean, cov) if training else (every(0, running), every(1, running)))
         norm1 = norm_of(*norms[0], every(1), every(2), eps)
-    d, partial, rows = depthwise(block, expand(block, norm1), moments=training)
+    d, partial, rows = expand_depthwise(block, norm1, moments=training)
     if training:
         (m2, v2), norm2 = finish_moments(partial, rows, block.out_pixels, every(-5), every(-4), eps)
     else:

@@ -12,7 +12,18 @@ from . import depthwise as dw
 from . import launch, passes
 from . import norm as nm
 from .configs import padded
-from .passes import Block, depthwise, expand, finish_gradient, image_of, make_block, norm_of, rows_of, taps_of
+from .passes import (
+    Block,
+    depthwise,
+    expand,
+    expand_depthwise,
+    finish_gradient,
+    image_of,
+    make_block,
+    norm_of,
+    rows_of,
+    taps_of,
+)
 
 
 def mbconv_backward(
@@ -39,13 +50,22 @@ def mbconv_backward(
     norm1 = None if block.w1 is None else norm_of(stats[0], stats[1], params[1], params[2], eps)
     norm2 = norm_of(stats[-4], stats[-3], params[-5], params[-4], eps)
     norm3 = norm_of(stats[-2], stats[-1], params[-2], params[-1], eps)
-    lean = d.numel() == 0
-    e = expand(block, norm1) if weights or lean else None
-    d_rows = depthwise(block, e, moments=False)[0] if lean and e is not None else rows_of(d)
+    lean, in_one = d.numel() == 0, passes.in_one(block)
+    e = expand(block, norm1) if (weights or lean) and not in_one else None
+    if not lean:
+        d_rows = rows_of(d)
+    elif e is not None:
+        d_rows = depthwise(block, e, moments=False)[0]
+    else:
+        d_rows = expand_depthwise(block, norm1, moments=False)[0]
 
     third, affine3 = _norm3(block, g, y_rows, norm3, training)
     dz, dwp, second, affine2 = _project(block, d_rows, g, y_rows, norm2, norm3, affine3, training, weights)
-    de, dtaps = _depthwise(block, dz, d_rows, affine2, norm2, e if weights else None, training)
+    dtaps: Tensor | None
+    if in_one and weights:
+        de, dtaps = _expand_depthwise(block, dz, d_rows, affine2, norm2, norm1)
+    else:
+        de, dtaps = _depthwise(block, dz, d_rows, affine2, norm2, e if weights else None, training)
     del dz, e
     first: list[Tensor] = []
     dx = de if input else None
@@ -141,9 +161,7 @@ def _depthwise(
 def _depthwise_stencil(
     block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor, e: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    out, taps = (block.size[0], *block.size[3:]), taps_of(block)
-    affine = torch.stack([affine2[0], affine2[1], norm2[0], affine2[2]])
-    gradient = (image_of(dz, *out), image_of(d, *out), affine)
+    gradient, taps = _gradient(block, dz, d, affine2, norm2), taps_of(block)
     if e is None:  # of the input the stencil needs only the shape then
         like = image_of(block.empty(block.pixels, block.ch), *block.size[:3])
         q = torch.ops.proxyless_fast.depthwise_backward_input(*gradient, like, None, None, taps, block.stride, False)
@@ -152,6 +170,24 @@ def _depthwise_stencil(
         *gradient, image_of(e, *block.size[:3]), None, None, taps, block.stride, False
     )
     return rows_of(q), dtaps
+
+
+def _expand_depthwise(
+    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor, norm1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """de and the gradient of the taps, e made again in shared memory."""
+    assert block.w1 is not None and norm1 is not None
+    de, dtaps = torch.ops.proxyless_fast.expand_depthwise_backward(
+        *_gradient(block, dz, d, affine2, norm2), image_of(block.x, *block.size[:3]), block.w1, norm1, taps_of(block),
+        block.stride, block.activation,
+    )  # fmt: skip
+    return rows_of(de), dtaps
+
+
+def _gradient(block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dz, d and BN2's backward as the stencils take them."""
+    out = (block.size[0], *block.size[3:])
+    return image_of(dz, *out), image_of(d, *out), torch.stack([affine2[0], affine2[1], norm2[0], affine2[2]])
 
 
 def _expand(
