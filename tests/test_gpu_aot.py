@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import gpu_fusion as fusion
 import gpu_model as model
 import gpu_table as table
 from cuda_emulation import emulate
@@ -66,6 +67,16 @@ def test_modelled_traffic_with_expansion_in_shared_memory(rows, card):
     for (step, policy), (moved, seconds) in model.totals(BATCH, torch.bfloat16, card, True).items():
         assert moved <= MOST_OF_TRITON[card.name][step] * sum(r.bytes[step, policy] for r in rows)
         assert seconds <= 0.91 * sum(r.seconds[step, policy, card.name] for r in rows)
+
+
+@pytest.mark.parametrize("card", model.CARDS, ids=lambda card: card.name)
+def test_expansion_is_taken_where_the_model_says(card):
+    for shape in fusion.candidates():
+        (two, one), (two_back, one_back) = (fusion.times(shape, card, backward) for backward in (False, True))
+        if fusion.expansion_pays(shape.ci, shape.kernel, shape.stride, card.arch):
+            assert one <= two and one_back <= two_back, shape
+        else:
+            assert two <= 1.2 * one, shape
 
 
 def test_the_modelled_halo_is_that_of_the_tiles_or_more():

@@ -11,9 +11,12 @@ namespace {
 using at::Tensor;
 using namespace cuda::host;
 
-// In float32 there are no tensor cores to expand with at full precision: the generic path is as fast as a kernel's.
-bool expands(const Tensor& x, const DepthwiseShape& s) {
-  return (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16) && s.kernel >= 3 && s.kernel <= 7;
+// float32 products are no job for tensor cores, and tensor cores that take 16 inputs at a time come with sm_80.
+bool expands(const Tensor& x, const DepthwiseShape& s, const cuda::Tiling& tiling) {
+  int major = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device()));
+  const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  return half && s.kernel >= 3 && s.kernel <= 7 && tiling.threads > 0 && major >= 8;
 }
 
 cuda::Activation activation_of(std::string_view name) {
@@ -44,8 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> expand_depthwise_forward(const Tensor& x, con
   const auto s = check_expand(op, in, weight, stride);
   const auto shape = shape_of(op, s, x);
   const auto tiling = cuda::forward_tiling(shape, static_cast<int>(x.size(1)));
-  if (!expands(x, s) || tiling.threads == 0)
-    return generic::expand_depthwise_forward(x, w1, norm1, weight, stride, activation);
+  if (!expands(x, s, tiling)) return generic::expand_depthwise_forward(x, w1, norm1, weight, stride, activation);
   const c10::cuda::CUDAGuard guard(x.device());
   const Factors factors(in);
   const Tensor w = weight.contiguous();
@@ -81,7 +83,7 @@ std::tuple<Tensor, Tensor> expand_depthwise_backward(const Tensor& dz, const Opt
   const auto s = check_expand_gradient(op, in, weight, stride, {dz, d, affine});
   const auto shape = shape_of(op, s, x);
   const auto tiling = cuda::backward_tiling(shape, static_cast<int>(x.size(1)));
-  if (!expands(x, s) || tiling.threads == 0)
+  if (!expands(x, s, tiling))
     return generic::expand_depthwise_backward(dz, d, affine, x, w1, norm1, weight, stride, activation);
   const c10::cuda::CUDAGuard guard(x.device());
   const Factors factors(in);

@@ -22,12 +22,17 @@ struct Product {
   float v[4] = {};  // row g: two columns; row g + 8: the same two
 };
 
+// The instruction is there from sm_80 on; the host entry sends nothing older here.
 #ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define PF_MMA(type) __trap()
+#else
 #define PF_MMA(type)                                                                  \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])       \
                : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]))
+#endif
 
 // sum += a * b, by all lanes of a warp together.
 template <typename T>
