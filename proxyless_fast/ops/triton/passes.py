@@ -182,9 +182,9 @@ def expansion_pays(ci: int, kernel: int, stride: int, arch: int) -> bool:
 
     It saves writing and reading e and costs the halo's products and each element's norm and activation once more. That
     is time gained where the stencil waits for memory, which is where its 2 k^2 operations for each output are fewer
-    than the ridge allows for the stride^2 values read and the one written, 2 bytes each. Beyond, the two are level on
-    an A100. And the chunks of 32 channels each read x again, from the second-level cache: with wide x that is as much
-    as was saved.
+    than the ridge allows for the stride^2 values read and the one written, 2 bytes each. Beyond, it is level at best.
+    And the chunks of 32 channels each read x again, from the second-level cache: with wide x that is as much as was
+    saved.
     """
     ridge = RIDGE[90 if arch >= 90 else 80]
     return ci <= WIDEST_EXPANDED and 2 * kernel**2 <= ridge * 2 * (stride**2 + 1)
