@@ -3,9 +3,8 @@
 #include "expand_depthwise.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/hardswish.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
 #include <torch/library.h>
@@ -50,8 +49,9 @@ Tensor activate(const Tensor& z, std::string_view activation) {
 Tensor expanded(const ExpandInput& in) {
   const auto type = accumulate_type(in.x);
   const auto row = [&](int64_t i) { return in.norm1.select(0, i).view({-1, 1, 1}); };
-  const Tensor product = at::convolution(in.x.to(type), in.w1.to(type).unsqueeze(-1).unsqueeze(-1), std::nullopt,
-                                         {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1);
+  // A matrix product and no convolution: torch rounds the inputs of float32 convolutions to tf32 unless told not to.
+  const Tensor pixels = in.x.permute({0, 2, 3, 1}).to(type);
+  const Tensor product = at::linear(pixels, in.w1.to(type)).permute({0, 3, 1, 2});
   return activate((product - row(0)) * row(2) + row(3), in.activation).to(in.x.scalar_type());
 }
 

@@ -72,7 +72,7 @@ def expand_reference(x: Tensor, w1: Tensor, norm1: Tensor, activation: str) -> T
     """e of `expand_depthwise_forward` in plain torch: batch norm of the unrounded product, the result in x's dtype."""
     wide = _accumulate(x)
     mean, _, scale, shift = norm1.to(wide)[:, :, None, None]
-    product = F.conv2d(x.to(wide), w1.to(wide)[:, :, None, None])
+    product = F.linear(x.permute(0, 2, 3, 1).to(wide), w1.to(wide)).permute(0, 3, 1, 2)
     return ACTIVATIONS[activation]((product - mean) * scale + shift).to(x.dtype)
 
 
