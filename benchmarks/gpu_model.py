@@ -9,16 +9,20 @@ gradient once for each gradient it computes. Left out on both sides: residual ad
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
-from gpu_launches import CANDIDATES, Launch, Shape, backward, forward, gate, imagenet, probe, recording, running
+from gpu_launches import CANDIDATES, Launch, Shape, backward, forward, gate, imagenet, launch, probe, recording, running
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import proxyless_fast as pf
+from proxyless_fast.ops.triton import passes
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,14 @@ class Card:
     """Peak rates, dense: bytes/s of memory, FLOP/s of bf16 matrix products and of float32 without tensor cores."""
 
     name: str
+    arch: int
     memory: float
     half: float
     single: float
 
 
 # NVIDIA's data sheets: "A100 80GB SXM" (2021) and "H100 SXM" (2023), the figures without sparsity.
-CARDS = (Card("A100", 2.039e12, 312e12, 19.5e12), Card("H100", 3.35e12, 989e12, 67e12))
+CARDS = (Card("A100", 80, 2.039e12, 312e12, 19.5e12), Card("H100", 90, 3.35e12, 989e12, 67e12))
 
 _FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "split", "split_with_sizes", "unbind"),
@@ -51,10 +56,11 @@ class Pass:
     bytes: int
     flops: int
     matrix: bool  # on tensor cores, where the dtype has them
+    products: int = 0  # FLOPs on tensor cores beside and not at the same time as the others
 
     def seconds(self, card: Card, dtype: torch.dtype) -> float:
         rate = card.half if self.matrix and dtype != torch.float32 else card.single
-        return max(self.bytes / card.memory, self.flops / rate)
+        return max(self.bytes / card.memory, self.flops / rate + self.products / card.half)
 
 
 @dataclass
@@ -69,6 +75,9 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if func.namespace == "proxyless_fast" and "depthwise" in name:
+            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            self.passes.append(_stencil_pass(name, named, out))
         if func.namespace != "aten" or name in _FREE:
             return out
         moved, flops = nbytes(args) + nbytes(out), 0
@@ -86,6 +95,49 @@ class Count(TorchDispatchMode):
         matrix = "convolution" in name and args[1 + ("backward" in name)].shape[1] > 1
         self.passes.append(Pass(name, moved, flops, matrix))
         return out
+
+
+def halo(height: int, width: int, kernel: int, stride: int) -> float:
+    """How often a pixel is expanded, none outside the image: an upper bound, that of tiles of 7 x 7 outputs.
+
+    Those are the smallest that the host chooses.
+    """
+
+    def axis(size: int) -> float:
+        starts = range(-(kernel // 2), size, 7 * stride)
+        seen = [min(size, i + 6 * stride + kernel) - max(0, i) for i in starts if i + kernel // 2 < size]
+        return sum(seen) / size
+
+    return axis(height) * axis(width)
+
+
+def _stencil_pass(name: str, args: dict[str, Any], out: Any) -> Pass:
+    """A CUDA C++ op. Its blocks' partial sums are written and read once more, for as many blocks as there may be."""
+    forward, weight, x = "forward" in name, args["weight"], args["x"]
+    taps, chunk = weight[0].numel(), 64 // x.element_size()
+    moved = nbytes(list(args.values())) + nbytes(out)
+    gradients = 1 if forward or isinstance(out, Tensor) else 2
+    if not forward and gradients == 1:
+        moved -= nbytes(x)  # without mask only its shape is used
+    elif forward:
+        moved += 2 * 4 * 1024 * 3 * chunk
+    else:
+        moved += 2 * 4 * 512 * taps * chunk
+    outputs, products = (out[0] if forward else args["dz"]).numel(), 0
+    if "w1" in args:
+        again = halo(*x.shape[2:], weight.shape[-1], args["stride"]) if forward else 1.0
+        products = int(2 * x.numel() * args["w1"].shape[0] * again)
+    return Pass(name, moved, 2 * outputs * taps * gradients, False, products)
+
+
+@contextmanager
+def cuda_part(card: Card) -> Iterator[None]:
+    """The composition inside takes the ops of csrc/cuda, as it does on that card where they are built."""
+    with (
+        mock.patch.object(passes, "stencils", lambda x, kernels, stride: len(set(kernels)) == 1),
+        mock.patch.object(launch, "architecture", lambda x: card.arch),
+    ):
+        yield
 
 
 def _launch_pass(launched: Launch) -> Pass:
@@ -112,9 +164,12 @@ def _launch_pass(launched: Launch) -> Pass:
     return Pass(name, nbytes(launched.args), flops, False)
 
 
-def ours(shape: Shape, dtype: torch.dtype, step: str, policy: str = "fast") -> list[Pass]:
-    """Passes of one layer whose active candidate is `shape`: "weight", or "arch" with every other candidate probed."""
-    with recording() as launches, Count() as count:
+def ours(shape: Shape, dtype: torch.dtype, step: str, policy: str = "fast", card: Card | None = None) -> list[Pass]:
+    """Passes of one layer whose active candidate is `shape`: "weight", or "arch" with every other candidate probed.
+
+    card: with the CUDA C++ part, as on that card; else Triton alone.
+    """
+    with cuda_part(card) if card else nullcontext(), recording() as launches, Count() as count:
         running(shape, forward(shape, dtype, policy)[-1])
         if step == "arch":
             gate(shape, dtype)
@@ -234,6 +289,19 @@ def rows(batch: int, dtype: torch.dtype) -> list[Row]:
     return [known.setdefault(s, None) or known.__setitem__(s, row(s, dtype)) or known[s] for s in imagenet(batch)]
 
 
+def totals(batch: int, dtype: torch.dtype, card: Card, cuda: bool) -> dict[tuple[str, str], tuple[float, float]]:
+    """(bytes, seconds on the card) of (step, policy): sums over all layers of the means over their candidates."""
+    sums = {(step, policy): (0.0, 0.0) for step in ("weight", "arch") for policy in ("fast", "lean")}
+    layers = imagenet(batch)
+    for shape in dict.fromkeys(layers):
+        share = layers.count(shape) / len(CANDIDATES)
+        for (step, policy), (moved, seconds) in sums.items():
+            counted = [p for c in layer(shape) for p in ours(c, dtype, step, policy, card if cuda else None)]
+            moved += share * sum(p.bytes for p in counted)
+            sums[step, policy] = moved, seconds + share * sum(p.seconds(card, dtype) for p in counted)
+    return sums
+
+
 def ratio(counted: list[Row], step: str, who: str, peer: str = "eager") -> float:
     """Bytes of a step over all layers, of the peer's; "out of place" is eager without the clones of in-place ReLU6."""
     return sum(r.bytes[step, who] for r in counted) / sum(r.bytes[step, peer] for r in counted)
@@ -248,3 +316,8 @@ if __name__ == "__main__":
         counted = rows(64, dtype)
         print(dtype, {(s, w): round(ratio(counted, s, w), 3) for s in ("weight", "arch") for w in ("fast", "lean")},
               {w: round(kept_ratio(counted, w), 3) for w in ("fast", "lean")})  # fmt: skip
+        for card in CARDS:
+            alone, cuda = (totals(64, dtype, card, part) for part in (False, True))
+            print(card.name, "with the CUDA C++ part, of Triton alone (bytes, roofline time):",
+                  {k: tuple(round(b / a, 3) for a, b in zip(alone[k], cuda[k], strict=True)) for k in cuda},
+                  "ms:", {k: round(v[1] * 1e3, 2) for k, v in cuda.items()})  # fmt: skip

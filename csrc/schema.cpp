@@ -57,4 +57,13 @@ TORCH_LIBRARY(proxyless_fast, m) {
   m.def(
       "depthwise_backward_weight(Tensor dz, Tensor? d, Tensor? affine, Tensor x, Tensor? scale, Tensor? shift,"
       " Tensor weight, int stride) -> Tensor");
+
+  // The same of e = activation(BN1(x w1^T)), which is not stored where kernels of ours run. norm1: (4, channels), mean,
+  // inverse deviation, scale, shift.
+  m.def(
+      "expand_depthwise_forward(Tensor x, Tensor w1, Tensor norm1, Tensor weight, int stride, str activation)"
+      " -> (Tensor d, Tensor mean, Tensor var)");
+  m.def(
+      "expand_depthwise_backward(Tensor dz, Tensor? d, Tensor? affine, Tensor x, Tensor w1, Tensor norm1,"
+      " Tensor weight, int stride, str activation) -> (Tensor de, Tensor dw)");
 }

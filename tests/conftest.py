@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import emulate
 
 
 def _find_shared() -> Path | None:
@@ -23,6 +24,12 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return place
+
+
+@pytest.fixture(scope="session")
+def checked() -> emulate.Emulated:
+    """CUDA kernels on the CPU, stop at a read or write outside a tensor or shared memory, misaligned or overflowing."""
+    return emulate.Emulated("address,alignment,bounds,shift,signed-integer-overflow")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from cuda_emulation import emulate, resources
 
-from proxyless_fast.ops import bn_affine, depthwise_backward_reference, depthwise_forward_reference, gram
+from proxyless_fast.ops import (
+    bn_affine,
+    depthwise_backward_reference,
+    depthwise_forward_reference,
+    gram,
+)
 
 # batch, channels, height, width, kernel, stride: odd sizes, one image, channels under, over and off a vector's, one
 # pixel, several tiles down and across.
@@ -23,12 +28,6 @@ SHAPES = [
     (1, 8, 35, 50, 7, 2),
     (2, 7, 33, 16, 3, 1),
 ]
-
-
-@pytest.fixture(scope="session")
-def checked():
-    """Kernels that stop at a read or write outside a tensor or shared memory, at misalignment and at overflow."""
-    return emulate.Emulated("address,alignment,bounds,shift,signed-integer-overflow")
 
 
 def sample(shape, dtype, prologue=True):
@@ -198,13 +197,14 @@ def test_no_data_race():
 
 def test_tilings_fit_every_shape():
     shapes = [
-        (backward, dtype, batch, channels, *size, kernel, stride)
+        (backward, dtype, batch, channels, *size, kernel, stride, expand)
         for backward, dtype, kernel, stride in itertools.product((0, 1), (0, 2), (3, 5, 7), (1, 2))
         for batch, channels in ((1, 3), (64, 144), (2, 1152))
         for size in ((1, 1), (7, 7), (14, 14), (28, 28), (56, 56), (112, 112), (5, 300), (97, 3))
+        for expand in ((0, 16, 80, 256) if dtype == 0 else (0,))
     ]
     for shape, tiling in zip(shapes, emulate.tilings(shapes), strict=True):
-        backward, dtype, batch, channels, height, width, kernel, stride = shape
+        backward, dtype, batch, channels, height, width, kernel, stride, _ = shape
         rows, columns = (height, width) if backward else (-(-height // stride), -(-width // stride))
         quads = 8 if dtype == 0 else 4
         strip = 8 if backward and stride == 2 else 7
@@ -221,10 +221,12 @@ def test_tilings_fit_every_shape():
 @pytest.mark.skipif(resources.nvcc() is None, reason="no nvcc in PATH to compile the CUDA kernels with")
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_machine_code_has_no_spills(architecture):
-    kernels = resources.rows(architecture, (64, 144, 56, 56))
+    kernels = resources.rows(architecture, (64, 144, 56, 56), 24)
     names = {(k.name, k.dtype, k.kernel, k.stride) for k, _, _ in kernels}
-    every = itertools.product(("forward", "backward"), ("fp16", "bf16", "fp32"), (3, 5, 7), (1, 2))
-    assert names == set(every)
+    every = set(itertools.product(("forward", "backward"), ("fp16", "bf16", "fp32"), (3, 5, 7), (1, 2)))
+    assert names == {("depthwise_" + name, *rest) for name, *rest in every} | {
+        ("expand_depthwise_" + name, dtype, *rest) for name, dtype, *rest in every if dtype != "fp32"
+    }
     for kernel, tiling, blocks in kernels:
         assert kernel.spills == 0 and kernel.stack == 0, kernel
         # One block computes while another waits for its tile.

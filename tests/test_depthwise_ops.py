@@ -13,6 +13,10 @@ from proxyless_fast.ops import (
     depthwise_backward_weight,
     depthwise_forward,
     depthwise_forward_reference,
+    expand_depthwise_backward,
+    expand_depthwise_backward_reference,
+    expand_depthwise_forward,
+    expand_depthwise_forward_reference,
 )
 
 ops = torch.ops.proxyless_fast
@@ -147,6 +151,52 @@ def test_opcheck(shape, dtype, device):
     torch.library.opcheck(ops.depthwise_backward_weight.default, backward)
 
 
+EXPANDED = [
+    ((2, 24, 9, 9, 5, 2), 3, "relu6"),
+    ((1, 33, 8, 11, 7, 1), 16, "relu"),
+    ((2, 33, 7, 6, 7, 2), 40, "silu"),
+    ((3, 8, 1, 1, 3, 2), 5, "hardswish"),
+    ((1, 5, 12, 4, 9, 2), 80, "identity"),
+]
+
+
+def expand_sample(shape, ci, dtype, device):
+    (like, weight, _, _), stride, gradient = sample(shape, dtype, device=device)
+    b, c, h, w = like.shape
+    x = torch.randn(b, ci, h, w, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    norm1 = torch.randn(4, c, device=device).to(gradient[2].dtype)
+    return (x, (torch.randn(c, ci, device=device) / ci**0.5).to(dtype), norm1, weight), stride, gradient
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, ci, activation", EXPANDED, ids=str)
+def test_expand_and_depthwise_in_one(shape, ci, activation, dtype, device):
+    tensors, stride, gradient = expand_sample(shape, ci, dtype, device)
+    d, mean, var = expand_depthwise_forward(*tensors, stride, activation)
+    de, dw = expand_depthwise_backward(*gradient, *tensors, stride, activation)
+    truth, _, _ = expand_depthwise_forward_reference(*double(tensors), stride, activation)
+    true_de, true_dw = expand_depthwise_backward_reference(*double((*gradient, *tensors)), stride, activation)
+    floor = 2 * torch.finfo(dtype).eps  # e is rounded too
+    assert relative(d, truth) <= floor and relative(de, true_de) <= floor and relative(dw, true_dw) <= floor
+    assert d.dtype == de.dtype == dtype and dw.dtype == tensors[3].dtype
+    assert d.is_contiguous(memory_format=torch.channels_last) and de.is_contiguous(memory_format=torch.channels_last)
+    stored = d.to(mean.dtype)
+    torch.testing.assert_close(mean, stored.mean((0, 2, 3)))
+    torch.testing.assert_close(var, stored.var((0, 2, 3), correction=0))
+    view = tensors[0].contiguous()
+    torch.testing.assert_close(expand_depthwise_forward(view, *tensors[1:], stride, activation)[0], d)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, ci, activation", EXPANDED, ids=str)
+def test_opcheck_of_expand(shape, ci, activation, dtype, device):
+    tensors, stride, gradient = expand_sample(shape, ci, dtype, device)
+    torch.library.opcheck(ops.expand_depthwise_forward.default, (*tensors, stride, activation))
+    torch.library.opcheck(ops.expand_depthwise_backward.default, (*gradient, *tensors, stride, activation))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_layouts(device):
     """Sliced and NCHW inputs give what channels-last ones give."""
@@ -175,6 +225,7 @@ def test_weights_in_float32_beside_half_inputs(device):
 ONE = torch.zeros(1, 4, 5, 5)
 WEIGHT = torch.zeros(4, 1, 3, 3)
 CHANNEL = torch.zeros(4)
+W1, NORM1 = torch.zeros(4, 3), torch.zeros(4, 4)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +252,16 @@ CHANNEL = torch.zeros(4)
         (
             lambda: depthwise_backward_weight(ONE, ONE, torch.zeros(3, 4), ONE, None, None, WEIGHT),
             "depthwise_backward_weight: affine must be",
+        ),
+        (lambda: expand_depthwise_forward(ONE[0], W1, NORM1, WEIGHT), "expand_depthwise_forward: x must have shape"),
+        (lambda: expand_depthwise_forward(ONE, W1, NORM1, WEIGHT), "expand_depthwise_forward: w1 must be"),
+        (lambda: expand_depthwise_forward(ONE[:, :3], W1.half(), NORM1, WEIGHT), "w1 must be Float"),
+        (lambda: expand_depthwise_forward(ONE[:, :3], W1, NORM1[:3], WEIGHT), "norm1 must be Float"),
+        (lambda: expand_depthwise_forward(ONE[:, :3], W1, NORM1, WEIGHT[:3]), "weight must have shape"),
+        (lambda: expand_depthwise_forward(ONE[:, :3], W1, NORM1, WEIGHT, 1, "tanh"), "activation must be relu6"),
+        (
+            lambda: expand_depthwise_backward(ONE[:, :3], None, None, ONE[:, :3], W1, NORM1, WEIGHT),
+            "expand_depthwise_backward: dz must be",
         ),
     ],
 )

@@ -9,8 +9,10 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import gpu_fusion as fusion
 import gpu_model as model
 import gpu_table as table
+from cuda_emulation import emulate
 from gpu_launches import Shape, compile_launch, distinct, every_launch
 
 BATCH = 64
@@ -62,6 +64,39 @@ def test_a_step_of_a_layer_is_few_launches():
     late = Shape(BATCH, 96, 96, 14, 5, 1, 6)
     assert len(model.ours(late, torch.bfloat16, "weight")) <= 28
     assert len(model.ours(late, torch.bfloat16, "arch")) <= 54
+
+
+MOST_OF_TRITON = {"A100": {"weight": 0.89, "arch": 0.84}, "H100": {"weight": 0.81, "arch": 0.72}}
+
+
+@pytest.mark.parametrize("card", model.CARDS, ids=lambda card: card.name)
+def test_modelled_traffic_with_expansion_in_shared_memory(rows, card):
+    """Of the Triton path's bytes; the roofline time goes down too, the halo's products and all."""
+    for (step, policy), (moved, seconds) in model.totals(BATCH, torch.bfloat16, card, True).items():
+        assert moved <= MOST_OF_TRITON[card.name][step] * sum(r.bytes[step, policy] for r in rows)
+        assert seconds <= 0.91 * sum(r.seconds[step, policy, card.name] for r in rows)
+
+
+@pytest.mark.parametrize("card", model.CARDS, ids=lambda card: card.name)
+def test_expansion_is_taken_where_the_model_says(card):
+    for shape in fusion.candidates():
+        (two, one), (two_back, one_back) = (fusion.times(shape, card, backward) for backward in (False, True))
+        if fusion.expansion_pays(shape.ci, shape.kernel, shape.stride, card.arch):
+            assert one <= two and one_back <= two_back, shape
+        else:
+            assert two <= 1.2 * one, shape
+
+
+def test_the_modelled_halo_is_that_of_the_tiles_or_more():
+    def seen(tile, step, kernel, size, tiles):  # inside the image, over all tiles along an axis
+        starts = [i * tile * step - kernel // 2 for i in range(tiles)]
+        return sum(min(size, i + (tile - 1) * step + kernel) - max(0, i) for i in starts)
+
+    shapes = [(s.ch, s.size, k, s.stride, s.ci) for s in dict.fromkeys(model.imagenet(BATCH)) for k in (3, 5, 7)]
+    tilings = emulate.tilings([(0, 1, BATCH, ch, n, n, k, stride, ci) for ch, n, k, stride, ci in shapes])
+    for (_, n, k, stride, _), t in zip(shapes, tilings, strict=True):
+        actual = seen(t.height, stride, k, n, t.down) * seen(t.width, stride, k, n, t.across) / n**2
+        assert actual <= model.halo(n, n, k, stride) <= 2.2 * actual
 
 
 def test_what_is_kept_for_backward(rows):

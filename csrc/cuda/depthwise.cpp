@@ -1,59 +1,15 @@
 // CUDA host entries of the depthwise ops: arguments checked once, memory, device and stream here; kernels in *.cuh.
 #include "depthwise.h"
 
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
-
-#include "cuda/kernels.h"
+#include "cuda/host.h"
 
 namespace pf {
 namespace {
 
 using at::Tensor;
-
-bool kernels_run(const Tensor& x, const Tensor& weight) {
-  return x.scalar_type() != at::kDouble && weight.size(2) >= 3 && weight.size(2) <= 7;
-}
-
-cuda::Depthwise shape_of(const char* op, const DepthwiseShape& s, const Tensor& x) {
-  constexpr int64_t limit = std::numeric_limits<int>::max();
-  TORCH_CHECK_VALUE(
-      s.batch <= limit && s.channels * s.kernel * s.kernel <= limit / 2 && s.height * s.width <= limit / 2, op,
-      ": x must have fewer than 2^30 pixels per image and weights, got ", x.sizes());
-  const auto type = x.scalar_type();
-  return {type == at::kHalf       ? cuda::Type::f16
-          : type == at::kBFloat16 ? cuda::Type::bf16
-                                  : cuda::Type::f32,
-          static_cast<int>(s.batch),
-          static_cast<int>(s.channels),
-          static_cast<int>(s.height),
-          static_cast<int>(s.width),
-          static_cast<int>(s.out_height()),
-          static_cast<int>(s.out_width()),
-          static_cast<int>(s.kernel),
-          static_cast<int>(s.stride)};
-}
-
-// Pixel after pixel of channels.
-Tensor pixels(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
-
-Tensor like(const Tensor& x, at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
-  return at::empty(sizes, x.options().dtype(type).memory_format(format));
-}
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-
-// Undefined where there is none.
-Tensor contiguous(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
-
-CUstream_st* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+using namespace cuda::host;
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
                                                      const OptionalTensor& shift, int64_t stride) {
@@ -71,9 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_forward(const Tensor& x, const Tens
   const Tensor partial = like(x, {tiling.groups, 3, s.channels}, at::kFloat, flat);
   const bool vectors =
       s.channels * x.element_size() % 16 == 0 && aligned(input.const_data_ptr()) && aligned(d.const_data_ptr());
-  cuda::launch({shape, tiling, input.const_data_ptr(), w.const_data_ptr(), data(a), data(b), d.mutable_data_ptr(),
-                partial.mutable_data_ptr(), mean.mutable_data_ptr(), var.mutable_data_ptr(),
-                w.scalar_type() == at::kFloat, vectors},
+  cuda::launch(cuda::Forward{shape, tiling, input.const_data_ptr(), w.const_data_ptr(), data(a), data(b),
+                             d.mutable_data_ptr(), partial.mutable_data_ptr(), mean.mutable_data_ptr(),
+                             var.mutable_data_ptr(), w.scalar_type() == at::kFloat, vectors},
                stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {d, mean, var};
@@ -99,9 +55,10 @@ std::tuple<Tensor, Tensor> backward(const char* op, const DepthwiseGradient& gra
   const auto out = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   const bool vectors = s.channels * x.element_size() % 16 == 0 && aligned(x.const_data_ptr()) &&
                        aligned(dz.const_data_ptr()) && aligned(data(d)) && aligned(out(q));
-  cuda::launch({shape, tiling, dz.const_data_ptr(), data(d), data(affine), x.const_data_ptr(), data(a), data(b),
-                w.const_data_ptr(), out(q), out(partial), out(dw), mask, w.scalar_type() == at::kFloat, vectors},
-               stream());
+  cuda::launch(
+      cuda::Backward{shape, tiling, dz.const_data_ptr(), data(d), data(affine), x.const_data_ptr(), data(a), data(b),
+                     w.const_data_ptr(), out(q), out(partial), out(dw), mask, w.scalar_type() == at::kFloat, vectors},
+      stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (wanted[1]) dw = dw.to(w.scalar_type());
   return {q, dw};

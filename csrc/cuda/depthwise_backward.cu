@@ -10,9 +10,7 @@ void launch(const Backward& p, CUstream_st* stream) {
   dispatch(p.shape, [&]<typename T, int K, int S>() {
     depthwise_backward<T, K, S><<<grid, t.threads, t.shared_bytes, stream>>>(p);
   });
-  if (p.partial == nullptr) return;
-  const int blocks = (p.shape.kernel * p.shape.kernel * p.shape.channels + reduce_lanes - 1) / reduce_lanes;
-  finish_weight<float><<<blocks, reduce_threads, reduce_shared, stream>>>(p);
+  finish(p, stream);
 }
 
 }  // namespace pf::cuda

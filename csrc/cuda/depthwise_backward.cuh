@@ -14,31 +14,35 @@ __device__ constexpr int reached(int m, int kx) {
   return S * (m - K / 2 / S) - K / 2 + kx;
 }
 
-// Grid: (chunks, groups). For q each thread has 4 channels of a strip of one input row; for dw, 4 channels of one row
-// of the weights and every n-th strip, through all tiles of its block.
-template <typename T, int K, int S>
-__global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backward p) {
+// A thread's strip of a tile, and its channels within the chunk.
+struct Strip {
+  int row, column, mine;
+};
+
+// Every tile of this block: dd from dz and d, e from fill(inputs, window, chunk, strip), which stores [row][column]
+// [channel] without a halo and returns a bit for each of the strip's values whose q is to be written (not 0).
+// For q each thread has 4 channels of a strip of one input row; for dw, 4 channels of one row of the weights and every
+// n-th strip, through all tiles of its block. shared starts with room for weights and affine; tile is where the rest is
+// free.
+template <typename T, int K, int S, typename Fill>
+__device__ inline void gradient_tiles(unsigned char* shared, T* tile, const Backward& p, const Fill& fill) {
   using A = Wide<T>;
   constexpr int channels = chunk_channels<T>, quads = channels / quad, strip = backward_strip(S);
   constexpr int pad = K / 2, before = pad / S, span = (strip - 1 + pad) / S + before + 1;
   const Depthwise& s = p.shape;
   const Tiling& tiling = p.tiling;
   const int rows = (tiling.height - 1 + pad) / S + before + 1, columns = (tiling.width - 1 + pad) / S + before + 1;
-  PF_SHARED(shared);
-  auto* weights = reinterpret_cast<A*>(shared);                // [K * K][channels]
-  auto* prologue = weights + K * K * channels;                 // [6][channels]: affine, scale, shift
-  auto* tile = reinterpret_cast<T*>(prologue + 6 * channels);  // dd, [rows][columns][channels]
-  auto* inputs = tile + rows * columns * channels;             // e, [tiling.height][tiling.width][channels]
+  auto* weights = reinterpret_cast<A*>(shared);     // [K * K][channels]
+  auto* affines = weights + K * K * channels;       // [4][channels]
+  auto* inputs = tile + rows * columns * channels;  // e, [tiling.height][tiling.width][channels], behind dd
 
-  const int first = static_cast<int>(blockIdx.x) * channels;
-  const Chunk chunk{first, s.channels - first};
+  const Chunk chunk = chunk_of<T>(s);
+  const int first = chunk.first;
   load_weights<T, K>(weights, p.weight, p.wide_weight, chunk);
   for (int i = 0; i < 4; ++i) {
     const void* affine = p.affine == nullptr ? nullptr : static_cast<const A*>(p.affine) + int64_t{i} * s.channels;
-    load_channels<channels>(prologue + i * channels, affine, chunk);
+    load_channels<channels>(affines + i * channels, affine, chunk);
   }
-  load_channels<channels>(prologue + 4 * channels, p.scale, chunk);
-  load_channels<channels>(prologue + 5 * channels, p.shift, chunk);
 
   const int mine = static_cast<int>(threadIdx.x) % quads * quad, slot = static_cast<int>(threadIdx.x) / quads;
   const int strips = tiling.width / strip, row = slot / strips, column = slot % strips * strip;
@@ -57,45 +61,26 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backw
                         columns,
                         s.out_height,
                         s.out_width,
-                        int64_t{image} * s.out_height * s.out_width * s.channels,
-                        s.channels};
+                        int64_t{image} * s.out_height * s.out_width};
     __syncthreads();
     {
       constexpr int n = 16 / static_cast<int>(sizeof(T));
       const int part = static_cast<int>(threadIdx.x) % (channels / n) * n;
-      const A* affine = prologue + part;
+      const A* affine = affines + part;
       const T *dz = static_cast<const T*>(p.dz), *d = static_cast<const T*>(p.d);
       if (d == nullptr)
-        load_tile<1>(tile, {dz}, window, chunk, p.vectors,
+        load_tile<1>(tile, {dz}, window, s.channels, chunk, p.vectors,
                      [&](const Vector<T, n>(&g)[1], int c) { return widen(g[0].v[c]); });
       else
-        load_tile<2>(tile, {dz, d}, window, chunk, p.vectors, [&](const Vector<T, n>(&g)[2], int c) {
+        load_tile<2>(tile, {dz, d}, window, s.channels, chunk, p.vectors, [&](const Vector<T, n>(&g)[2], int c) {
           return affine[c] * widen(g[0].v[c]) + affine[channels + c] * (widen(g[1].v[c]) - affine[2 * channels + c]) +
                  affine[3 * channels + c];
         });
     }
-    // e of this thread's strip goes to shared memory; of u only the mask is kept. All loads at once would spill.
-    uint32_t open = p.mask ? 0u : ~0u;
-    if (row < tiling.height && (p.mask || p.partial != nullptr)) {
-#pragma unroll 2
-      for (int r = 0; r < strip; ++r) {
-        Vector<T, quad> e;
-#pragma unroll
-        for (int i = 0; i < quad; ++i) narrow(A(0), e.v[i]);
-        if (y < s.height && x + r < s.width && mine < chunk.valid) {
-          e = read<quad>(static_cast<const T*>(p.x) + at + int64_t{r} * s.channels, chunk.valid - mine, p.vectors);
-#pragma unroll
-          for (int i = 0; i < quad; ++i) {
-            A u = widen(e.v[i]);
-            if (p.scale != nullptr && mine + i < chunk.valid) {
-              u = prologue[4 * channels + mine + i] * u + prologue[5 * channels + mine + i];
-              narrow(relu6(u), e.v[i]);
-            }
-            if (u > A(0) && u < A(6)) open |= 1u << (r * quad + i);
-          }
-        }
-        write(inputs + (row * tiling.width + column + r) * channels + mine, e);
-      }
+    uint32_t open = ~0u;
+    if (p.mask || p.partial != nullptr) {
+      const Window here{y0, x0, tiling.height, tiling.width, s.height, s.width, int64_t{image} * s.height * s.width};
+      open = fill(inputs, here, chunk, Strip{row, column, mine});
     }
     __syncthreads();
     if (p.q != nullptr && row < tiling.height && y < s.height && mine < chunk.valid) {
@@ -168,6 +153,46 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backw
     for (int n = 0; n < shares; ++n) sum += sums[n * K * K * channels + i];
     static_cast<A*>(p.partial)[(int64_t{K * K} * blockIdx.y + i / channels) * s.channels + first + i % channels] = sum;
   }
+}
+
+// Grid: (chunks, groups).
+template <typename T, int K, int S>
+__global__ void __launch_bounds__(max_threads, 2) depthwise_backward(const Backward p) {
+  using A = Wide<T>;
+  constexpr int channels = chunk_channels<T>;
+  PF_SHARED(shared);
+  auto* prologue = reinterpret_cast<A*>(shared) + (K * K + 4) * channels;  // [2][channels]: scale, shift
+  load_channels<channels>(prologue, p.scale, chunk_of<T>(p.shape));
+  load_channels<channels>(prologue + channels, p.shift, chunk_of<T>(p.shape));
+  auto* tile = reinterpret_cast<T*>(prologue + 2 * channels);
+  // e of this thread's strip goes to shared memory; of u only the mask is kept. All loads at once would spill.
+  gradient_tiles<T, K, S>(shared, tile, p, [&](T* inputs, const Window& window, Chunk chunk, const Strip& strip) {
+    const auto [row, column, mine] = strip;
+    const int y = window.y + row, x = window.x + column;
+    const int64_t at = (window.image + int64_t{y} * window.width + x) * p.shape.channels + chunk.first + mine;
+    uint32_t open = p.mask ? 0u : ~0u;
+    if (row >= window.rows) return open;
+#pragma unroll 2
+    for (int r = 0; r < backward_strip(S); ++r) {
+      Vector<T, quad> e;
+#pragma unroll
+      for (int i = 0; i < quad; ++i) narrow(A(0), e.v[i]);
+      if (y < window.height && x + r < window.width && mine < chunk.valid) {
+        e = read<quad>(static_cast<const T*>(p.x) + at + int64_t{r} * p.shape.channels, chunk.valid - mine, p.vectors);
+#pragma unroll
+        for (int i = 0; i < quad; ++i) {
+          A u = widen(e.v[i]);
+          if (p.scale != nullptr && mine + i < chunk.valid) {
+            u = prologue[mine + i] * u + prologue[channels + mine + i];
+            narrow(relu6(u), e.v[i]);
+          }
+          if (u > A(0) && u < A(6)) open |= 1u << (r * quad + i);
+        }
+      }
+      write(inputs + (row * window.columns + column + r) * channels + mine, e);
+    }
+    return open;
+  });
 }
 
 }  // namespace pf::cuda

@@ -10,8 +10,7 @@ void launch(const Forward& p, CUstream_st* stream) {
   dispatch(p.shape, [&]<typename T, int K, int S>() {
     depthwise_forward<T, K, S><<<grid, t.threads, t.shared_bytes, stream>>>(p);
   });
-  const int blocks = (p.shape.channels + reduce_lanes - 1) / reduce_lanes;
-  finish_statistics<float><<<blocks, reduce_threads, reduce_shared, stream>>>(p);
+  finish(p, stream);
 }
 
 }  // namespace pf::cuda

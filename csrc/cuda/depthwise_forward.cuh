@@ -62,23 +62,17 @@ __device__ inline void write_partial(unsigned char* shared, const Running<Wide<T
   }
 }
 
-// Grid: (chunks, groups). Each thread: 4 channels of a strip of one output row.
-template <typename T, int K, int S>
-__global__ void __launch_bounds__(max_threads, 2) depthwise_forward(const Forward p) {
+// Every tile of this block, from fill(tile, window, chunk), which stores [row][column][channel] in shared memory, to d
+// and its statistics. Each thread: 4 channels of a strip of one output row. shared starts with room for the weights.
+template <typename T, int K, int S, typename Fill>
+__device__ inline void convolve_tiles(unsigned char* shared, T* tile, const Forward& p, const Fill& fill) {
   using A = Wide<T>;
   constexpr int channels = chunk_channels<T>, quads = channels / quad, strip = forward_strip;
   const Depthwise& s = p.shape;
   const Tiling& tiling = p.tiling;
-  PF_SHARED(shared);
-  auto* weights = reinterpret_cast<A*>(shared);                // [K * K][channels]
-  auto* prologue = weights + K * K * channels;                 // [2][channels]: scale, shift
-  auto* tile = reinterpret_cast<T*>(prologue + 2 * channels);  // [rows][columns][channels]
-
-  const int first = static_cast<int>(blockIdx.x) * channels;
-  const Chunk chunk{first, s.channels - first};
+  auto* weights = reinterpret_cast<A*>(shared);  // [K * K][channels]
+  const Chunk chunk = chunk_of<T>(s);
   load_weights<T, K>(weights, p.weight, p.wide_weight, chunk);
-  load_channels<channels>(prologue, p.scale, chunk);
-  load_channels<channels>(prologue + channels, p.shift, chunk);
 
   const int mine = static_cast<int>(threadIdx.x) % quads * quad, slot = static_cast<int>(threadIdx.x) / quads;
   const int strips = tiling.width / strip, row = slot / strips, column = slot % strips * strip;
@@ -88,24 +82,10 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_forward(const Forwar
   for (int64_t index = blockIdx.y; index < tiles; index += gridDim.y) {
     const int image = static_cast<int>(index / per_image), place = static_cast<int>(index % per_image);
     const int y0 = place / tiling.across * tiling.height, x0 = place % tiling.across * tiling.width;
-    const Window window{y0 * S - K / 2,
-                        x0 * S - K / 2,
-                        (tiling.height - 1) * S + K,
-                        columns,
-                        s.height,
-                        s.width,
-                        int64_t{image} * s.height * s.width * s.channels,
-                        s.channels};
+    const Window window{y0 * S - K / 2, x0 * S - K / 2, (tiling.height - 1) * S + K,        columns,
+                        s.height,       s.width,        int64_t{image} * s.height * s.width};
     __syncthreads();
-    {
-      constexpr int n = 16 / static_cast<int>(sizeof(T));
-      const int part = static_cast<int>(threadIdx.x) % (channels / n) * n;
-      const auto scale = read<n>(prologue + part), shift = read<n>(prologue + channels + part);
-      load_tile<1>(tile, {static_cast<const T*>(p.x)}, window, chunk, p.vectors, [&](const Vector<T, n>(&x)[1], int c) {
-        const A u = widen(x[0].v[c]);
-        return p.scale == nullptr ? u : relu6(scale.v[c] * u + shift.v[c]);
-      });
-    }
+    fill(tile, window, chunk);
     __syncthreads();
     const int y = y0 + row, x = x0 + column;
     if (row >= tiling.height || y >= s.out_height || mine >= chunk.valid) continue;
@@ -128,7 +108,8 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_forward(const Forwar
         }
       }
     }
-    T* out = static_cast<T*>(p.d) + ((int64_t{image} * s.out_height + y) * s.out_width + x) * s.channels + first + mine;
+    T* out = static_cast<T*>(p.d) + ((int64_t{image} * s.out_height + y) * s.out_width + x) * s.channels + chunk.first +
+             mine;
 #pragma unroll
     for (int r = 0; r < strip; ++r) {
       if (x + r >= s.out_width) break;
@@ -142,6 +123,27 @@ __global__ void __launch_bounds__(max_threads, 2) depthwise_forward(const Forwar
     }
   }
   write_partial<T>(shared, statistics, p, chunk, static_cast<int>(blockIdx.y));
+}
+
+// Grid: (chunks, groups).
+template <typename T, int K, int S>
+__global__ void __launch_bounds__(max_threads, 2) depthwise_forward(const Forward p) {
+  using A = Wide<T>;
+  constexpr int channels = chunk_channels<T>, n = 16 / static_cast<int>(sizeof(T));
+  PF_SHARED(shared);
+  auto* prologue = reinterpret_cast<A*>(shared) + K * K * channels;  // [2][channels]: scale, shift
+  load_channels<channels>(prologue, p.scale, chunk_of<T>(p.shape));
+  load_channels<channels>(prologue + channels, p.shift, chunk_of<T>(p.shape));
+  auto* tile = reinterpret_cast<T*>(prologue + 2 * channels);
+  convolve_tiles<T, K, S>(shared, tile, p, [&](T* to, const Window& window, Chunk chunk) {
+    const int part = static_cast<int>(threadIdx.x) % (channels / n) * n;
+    const auto scale = read<n>(prologue + part), shift = read<n>(prologue + channels + part);
+    const T* const from[] = {static_cast<const T*>(p.x)};
+    load_tile<1>(to, from, window, p.shape.channels, chunk, p.vectors, [&](const Vector<T, n>(&x)[1], int c) {
+      const A u = widen(x[0].v[c]);
+      return p.scale == nullptr ? u : relu6(scale.v[c] * u + shift.v[c]);
+    });
+  });
 }
 
 }  // namespace pf::cuda

@@ -20,12 +20,16 @@ void dispatch_size(const Depthwise& s, const Run& run) {
 }
 
 template <typename Run>
+void dispatch_half(const Depthwise& s, const Run& run) {
+  s.type == Type::f16 ? dispatch_size<Half>(s, run) : dispatch_size<BFloat16>(s, run);
+}
+
+template <typename Run>
 void dispatch(const Depthwise& s, const Run& run) {
   switch (s.type) {
     case Type::f16:
-      return dispatch_size<Half>(s, run);
     case Type::bf16:
-      return dispatch_size<BFloat16>(s, run);
+      return dispatch_half(s, run);
 #ifdef PF_EMULATION
     case Type::f64:
       return dispatch_size<double>(s, run);

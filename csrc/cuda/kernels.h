@@ -34,8 +34,9 @@ inline constexpr int least_threads = 128, max_threads = 224;
 inline constexpr int forward_strip = 7;
 constexpr int backward_strip(int stride) { return stride == 1 ? 7 : 8; }
 
-Tiling forward_tiling(const Depthwise& shape);
-Tiling backward_tiling(const Depthwise& shape);
+// expand: channels of x where e is made from it (below), else 0. No threads: nothing fits into shared memory.
+Tiling forward_tiling(const Depthwise& shape, int expand = 0);
+Tiling backward_tiling(const Depthwise& shape, int expand = 0);
 
 // Of the accumulation type (float; double for f64): scale, shift, affine, partial, mean, var, dw. weight is of that
 // type too where wide_weight says so. vectors: every pointer and every pixel starts on 16 bytes.
@@ -55,8 +56,32 @@ struct Backward {
   bool mask, wide_weight, vectors;  // x is read for mask and for dw only
 };
 
+enum class Activation { relu6, relu, silu, hardswish, identity };
+
+// e = activation((x W1^T - mean) * scale + shift) in x's type, made where it is used: half precision only.
+// vectors: every pixel of x starts on 8 bytes.
+struct Expand {
+  const void *x, *weight, *norm;  // pixels of `channels`; (all of e's channels, channels); float (4, e's channels):
+  int channels;                   // mean, inverse standard deviation (not read here), scale, shift
+  Activation activation;
+  bool vectors;
+};
+
+// x, scale and shift of the pass are not read.
+struct ExpandForward {
+  Forward pass;
+  Expand expand;
+};
+
+struct ExpandBackward {
+  Backward pass;  // without the mask, with partial
+  Expand expand;
+};
+
 // Both passes of each; errors stay in cudaGetLastError.
 void launch(const Forward& arguments, CUstream_st* stream);
 void launch(const Backward& arguments, CUstream_st* stream);
+void launch(const ExpandForward& arguments, CUstream_st* stream);
+void launch(const ExpandBackward& arguments, CUstream_st* stream);
 
 }  // namespace pf::cuda

@@ -62,4 +62,18 @@ __global__ void __launch_bounds__(reduce_threads) finish_weight(const Backward p
   static_cast<A*>(p.dw)[at % p.shape.channels * taps + at / p.shape.channels] = static_cast<A>(sum);
 }
 
+#ifdef __CUDACC__
+// The second stage of a pass, behind its first on the stream.
+inline void finish(const Forward& p, CUstream_st* stream) {
+  const int blocks = (p.shape.channels + reduce_lanes - 1) / reduce_lanes;
+  finish_statistics<float><<<blocks, reduce_threads, reduce_shared, stream>>>(p);
+}
+
+inline void finish(const Backward& p, CUstream_st* stream) {
+  if (p.partial == nullptr) return;
+  const int blocks = (p.shape.kernel * p.shape.kernel * p.shape.channels + reduce_lanes - 1) / reduce_lanes;
+  finish_weight<float><<<blocks, reduce_threads, reduce_shared, stream>>>(p);
+}
+#endif
+
 }  // namespace pf::cuda

@@ -89,6 +89,13 @@ struct Chunk {
   int first, valid;
 };
 
+// Of the first grid dimension.
+template <typename T>
+__device__ inline Chunk chunk_of(const Depthwise& s) {
+  const int first = static_cast<int>(blockIdx.x) * chunk_channels<T>;
+  return {first, s.channels - first};
+}
+
 // Per-channel values of a chunk, zero beyond the last channel.
 template <int Channels, typename A>
 __device__ inline void load_channels(A* shared, const void* values, Chunk chunk) {
@@ -111,17 +118,18 @@ __device__ inline void load_weights(Wide<T>* shared, const void* weight, bool wi
 
 // A rectangle of an image's pixels, which may reach over its edges.
 struct Window {
-  int y, x, rows, columns;    // where it starts, and its size
-  int height, width;          // of the image
-  int64_t image, pixel_size;  // elements before the image's first, and between two pixels
+  int y, x, rows, columns;  // where it starts, and its size
+  int height, width;        // of the image
+  int64_t image;            // pixels before the image's first
 };
 
-// Reads a window of one or two tensors and stores transform(values) as [row][column][channel]; zero outside the image,
-// which is the convolution's padding. With vectors, 16 bytes at a time and several in flight. Each thread meets the
-// same channels throughout (a pixel is 4 vectors, and the number of threads a multiple of 4).
+// Reads a window of one or two tensors, their pixels pixel_size elements apart, and stores transform(values) as
+// [row][column][channel]; zero outside the image, which is the convolution's padding. With vectors, 16 bytes at a time
+// and several in flight. Each thread meets the same channels throughout (a pixel is 4 vectors, and the number of
+// threads a multiple of 4).
 template <int Tensors, typename T, typename Transform>
-__device__ inline void load_tile(T* tile, const T* const (&tensors)[Tensors], const Window& window, Chunk chunk,
-                                 bool vectors, const Transform& transform) {
+__device__ inline void load_tile(T* tile, const T* const (&tensors)[Tensors], const Window& window, int pixel_size,
+                                 Chunk chunk, bool vectors, const Transform& transform) {
   constexpr int n = 16 / static_cast<int>(sizeof(T)), parts = chunk_channels<T> / n, in_flight = 4 / Tensors;
   const int part = static_cast<int>(threadIdx.x) % parts * n, step = static_cast<int>(blockDim.x) / parts;
   const int pixels = window.rows * window.columns, valid = chunk.valid - part;
@@ -129,7 +137,7 @@ __device__ inline void load_tile(T* tile, const T* const (&tensors)[Tensors], co
   const auto place = [&](int pixel) {
     const int y = window.y + pixel / window.columns, x = window.x + pixel % window.columns;
     const bool inside = pixel < pixels && y >= 0 && y < window.height && x >= 0 && x < window.width && valid > 0;
-    return inside ? window.image + (int64_t{y} * window.width + x) * window.pixel_size + chunk.first + part : -1;
+    return inside ? (window.image + int64_t{y} * window.width + x) * pixel_size + chunk.first + part : -1;
   };
   const auto store = [&](int pixel, const Vector<T, n>(&values)[Tensors], int existing) {
     Vector<T, n> result;

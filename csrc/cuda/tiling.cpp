@@ -16,6 +16,11 @@ int divide_up(int a, int b) { return (a + b - 1) / b; }
 int accumulate_size(Type type) { return type == Type::f64 ? 8 : 4; }
 int element_size(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
+// What the expansion keeps in shared memory: three rows of its norm, and its weights in steps of 16 inputs.
+int expand_bytes(const Depthwise& s, int expand) {
+  return expand == 0 ? 0 : chunk_bytes / element_size(s.type) * (3 * 4 + divide_up(expand, 16) * 16 * 2);
+}
+
 struct Cost {
   int loaded_pixels, shared_bytes;
 };
@@ -47,24 +52,25 @@ Tiling choose(const Depthwise& s, int rows, int columns, int strip, int row_step
 
 }  // namespace
 
-Tiling forward_tiling(const Depthwise& s) {
+Tiling forward_tiling(const Depthwise& s, int expand) {
   const int chunk = chunk_bytes / element_size(s.type), wide = accumulate_size(s.type);
+  const int prologue = expand == 0 ? 2 * chunk * wide : expand_bytes(s, expand);
   return choose(s, s.out_height, s.out_width, forward_strip, 1, forward_blocks,
                 [&](int height, int width, int threads) {
                   const int pixels = ((height - 1) * s.stride + s.kernel) * ((width - 1) * s.stride + s.kernel);
-                  const int tile = (s.kernel * s.kernel + 2) * chunk * wide + pixels * chunk_bytes;
+                  const int tile = s.kernel * s.kernel * chunk * wide + prologue + pixels * chunk_bytes;
                   const int statistics = threads * (2 * quad * wide + static_cast<int>(sizeof(int)));
                   return Cost{pixels, std::max(tile, statistics)};
                 });
 }
 
-Tiling backward_tiling(const Depthwise& s) {
+Tiling backward_tiling(const Depthwise& s, int expand) {
   const int chunk = chunk_bytes / element_size(s.type), quads = chunk / quad, wide = accumulate_size(s.type);
-  const int strip = backward_strip(s.stride);
+  const int strip = backward_strip(s.stride), prologue = expand == 0 ? 2 * chunk * wide : expand_bytes(s, expand);
   return choose(s, s.height, s.width, strip, s.stride, backward_blocks, [&](int height, int width, int threads) {
     const int pad = s.kernel / 2, around = pad / s.stride + 1;
     const int pixels = ((height - 1 + pad) / s.stride + around) * ((width - 1 + pad) / s.stride + around);
-    const int tiles = (s.kernel * s.kernel + 6) * chunk * wide + (pixels + height * width) * chunk_bytes;
+    const int tiles = (s.kernel * s.kernel + 4) * chunk * wide + prologue + (pixels + height * width) * chunk_bytes;
     const int weights = threads / quads / s.kernel * s.kernel * s.kernel * chunk * wide;
     return Cost{2 * pixels, std::max(tiles, weights)};
   });

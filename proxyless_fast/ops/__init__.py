@@ -8,6 +8,10 @@ from .depthwise import (
     depthwise_backward_weight,
     depthwise_forward,
     depthwise_forward_reference,
+    expand_depthwise_backward,
+    expand_depthwise_backward_reference,
+    expand_depthwise_forward,
+    expand_depthwise_forward_reference,
 )
 from .mbconv import can_run_mbconv, mbconv, mbconv_reference, probe, probe_reference
 from .statistics import gate_dot, gate_dot_reference, gram, gram_reference
@@ -21,6 +25,10 @@ __all__ = [
     "depthwise_backward_weight",
     "depthwise_forward",
     "depthwise_forward_reference",
+    "expand_depthwise_backward",
+    "expand_depthwise_backward_reference",
+    "expand_depthwise_forward",
+    "expand_depthwise_forward_reference",
     "gate_dot",
     "gate_dot_reference",
     "gram",

@@ -6,6 +6,8 @@ Words of the fused block: u = BN1 of the expanded tensor, e = its ReLU6, d = dep
     backward   dd = affine[0] * dz + affine[1] * (d - affine[2]) + affine[3]    (BN2's backward, one affine of dz and d)
                q = gradient to u (masked where the clamp was active);  dw = gradient to the weights
 
+expand_depthwise_* make e themselves, activation(BN1(x W1^T)) in x's dtype, and never store it.
+
 On CUDA the kernels of csrc/cuda run, where they are built; elsewhere ATen calls of the same meaning.
 """
 
@@ -13,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+from .batch_norm import ACTIVATIONS
 
 
 def _accumulate(x: Tensor) -> torch.dtype:
@@ -62,6 +66,37 @@ def depthwise_backward_reference(
     if mask:
         q = q * ((u > 0) & (u < 6))
     return q.to(x.dtype), dw.to(weight.dtype)
+
+
+def expand_reference(x: Tensor, w1: Tensor, norm1: Tensor, activation: str) -> Tensor:
+    """e of `expand_depthwise_forward` in plain torch: batch norm of the unrounded product, the result in x's dtype."""
+    wide = _accumulate(x)
+    mean, _, scale, shift = norm1.to(wide)[:, :, None, None]
+    product = F.linear(x.permute(0, 2, 3, 1).to(wide), w1.to(wide)).permute(0, 3, 1, 2)
+    return ACTIVATIONS[activation]((product - mean) * scale + shift).to(x.dtype)
+
+
+def expand_depthwise_forward_reference(
+    x: Tensor, w1: Tensor, norm1: Tensor, weight: Tensor, stride: int = 1, activation: str = "relu6"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expand_depthwise_forward` in plain torch."""
+    return depthwise_forward_reference(expand_reference(x, w1, norm1, activation), weight, stride=stride)
+
+
+def expand_depthwise_backward_reference(
+    dz: Tensor,
+    d: Tensor | None,
+    affine: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    norm1: Tensor,
+    weight: Tensor,
+    stride: int = 1,
+    activation: str = "relu6",
+) -> tuple[Tensor, Tensor]:
+    """`expand_depthwise_backward` in plain torch."""
+    e = expand_reference(x, w1, norm1, activation)
+    return depthwise_backward_reference(dz, d, affine, e, None, None, weight, stride, False)
 
 
 def depthwise_forward(
@@ -131,6 +166,35 @@ def depthwise_backward_weight(
     return torch.ops.proxyless_fast.depthwise_backward_weight(dz, d, affine, x, scale, shift, weight, stride)
 
 
+def expand_depthwise_forward(
+    x: Tensor, w1: Tensor, norm1: Tensor, weight: Tensor, stride: int = 1, activation: str = "relu6"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`depthwise_forward` of e = activation((x W1^T - mean) * scale + shift), never stored in half precision on CUDA.
+
+    x: (B, Ci, H, W); w1: (C, Ci) in x's dtype; norm1: (4, C) float32 (float64 with x in float64): mean, inverse
+    deviation (not used), scale, shift. activation: relu6, relu, silu, hardswish or identity. The norm applies to sums
+    in norm1's dtype, and e is rounded to x's dtype before it is convolved. weight, stride and what is returned: as in
+    `depthwise_forward`. Raises ValueError for other shapes, dtypes, strides and names. Not differentiable.
+    """
+    return torch.ops.proxyless_fast.expand_depthwise_forward(x, w1, norm1, weight, stride, activation)
+
+
+def expand_depthwise_backward(
+    dz: Tensor,
+    d: Tensor | None,
+    affine: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    norm1: Tensor,
+    weight: Tensor,
+    stride: int = 1,
+    activation: str = "relu6",
+) -> tuple[Tensor, Tensor]:
+    """The gradients to e and to weight of `expand_depthwise_forward`, e made again from x; otherwise as
+    `depthwise_backward` without mask: returns de (B, C, H, W) in x's dtype, channels-last, and dw."""
+    return torch.ops.proxyless_fast.expand_depthwise_backward(dz, d, affine, x, w1, norm1, weight, stride, activation)
+
+
 def bn_affine(weight: Tensor, mean: Tensor, inverse_std: Tensor, db: Tensor, dg: Tensor, pixels: int) -> Tensor:
     """The affine (4, C) of `depthwise_backward` for a batch norm over `pixels` pixels; every argument (C,).
 
@@ -164,6 +228,18 @@ def _(dz, d, affine, x, scale, shift, weight, stride, mask):
 @torch.library.register_fake("proxyless_fast::depthwise_backward_weight")
 def _(dz, d, affine, x, scale, shift, weight, stride):
     return weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("proxyless_fast::expand_depthwise_forward")
+def _(x, w1, norm1, weight, stride, activation):
+    (b, _, h, w), c = x.shape, w1.shape[0]
+    d = _channels_last(x, b, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return d, x.new_empty(c, dtype=_accumulate(x)), x.new_empty(c, dtype=_accumulate(x))
+
+
+@torch.library.register_fake("proxyless_fast::expand_depthwise_backward")
+def _(dz, d, affine, x, w1, norm1, weight, stride, activation):
+    return _channels_last(x, x.shape[0], w1.shape[0], *x.shape[2:]), weight.new_empty(weight.shape)
 
 
 def _setup(ctx, inputs, output):

@@ -6,6 +6,7 @@
 #include "cuda/depthwise_backward.cuh"
 #include "cuda/depthwise_forward.cuh"
 #include "cuda/dispatch.cuh"
+#include "cuda/expand_depthwise.cuh"
 #include "cuda/reduce.cuh"
 
 using namespace pf::cuda;
@@ -31,6 +32,7 @@ struct Buffer {
 struct Request {
   int32_t backward, type, batch, channels, height, width, kernel, stride;
   int32_t prologue, affine, mask, want_q, want_dw, wide_weight, skew, groups;  // groups: at most, 0 for the tiling's
+  int32_t expand, activation;  // channels of x where e is made from it, else 0
 };
 
 size_t element(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
@@ -60,15 +62,23 @@ void run(const Request& r) {
   const auto pixels = [&](int h, int w) { return static_cast<size_t>(s.batch) * h * w * s.channels * size; };
   const size_t channels = static_cast<size_t>(s.channels), taps = static_cast<size_t>(s.kernel * s.kernel);
   const size_t in = pixels(s.height, s.width), out = pixels(s.out_height, s.out_width);
-  const void* x = input(buffer, in, skew);
+  const auto expand = static_cast<size_t>(r.expand);
+  const void* x = input(buffer, expand == 0 ? in : in / channels * expand, skew);
   const void* weight = input(buffer, channels * taps * (r.wide_weight ? wide : size));
   const void* scale = r.prologue ? input(buffer, channels * wide) : nullptr;
   const void* shift = r.prologue ? input(buffer, channels * wide) : nullptr;
+  const void* w1 = expand != 0 ? input(buffer, channels * expand * size) : nullptr;
+  const void* norm = expand != 0 ? input(buffer, 4 * channels * wide) : nullptr;
+  const Expand expansion{
+      x, w1, norm, r.expand, static_cast<Activation>(r.activation), r.expand % 4 == 0 && r.skew % 8 == 0};
   const bool vectors = channels * size % 16 == 0 && r.skew == 0;
-  auto tiling = r.backward ? backward_tiling(s) : forward_tiling(s);
+  auto tiling = r.backward ? backward_tiling(s, r.expand) : forward_tiling(s, r.expand);
   if (r.groups > 0 && r.groups < tiling.groups) tiling.groups = r.groups;
   const dim3 grid{static_cast<unsigned>(tiling.chunks), static_cast<unsigned>(tiling.groups)};
   const size_t groups = static_cast<size_t>(tiling.groups);
+  const auto launch = [&](const auto& kernel) {
+    pf::emulation::launch(grid, tiling.threads, tiling.shared_bytes, kernel);
+  };
   if (!r.backward) {
     Forward p{s,
               tiling,
@@ -82,8 +92,11 @@ void run(const Request& r) {
               buffer.allocate(channels * wide, 0),
               r.wide_weight != 0,
               vectors};
+    if (expand != 0)
+      dispatch_half(
+          s, [&]<typename T, int K, int S>() { launch([&] { expand_depthwise_forward<T, K, S>({p, expansion}); }); });
     dispatch(s, [&]<typename T, int K, int S>() {
-      pf::emulation::launch(grid, tiling.threads, tiling.shared_bytes, [&] { depthwise_forward<T, K, S>(p); });
+      if (expand == 0) launch([&] { depthwise_forward<T, K, S>(p); });
       finish<Wide<T>>(p, s.channels, finish_statistics<Wide<T>>);
     });
     output(p.d, out);
@@ -102,8 +115,11 @@ void run(const Request& r) {
     p.partial = buffer.allocate(groups * taps * channels * wide, 0);
     p.dw = buffer.allocate(channels * taps * wide, 0);
   }
+  if (expand != 0)
+    dispatch_half(
+        s, [&]<typename T, int K, int S>() { launch([&] { expand_depthwise_backward<T, K, S>({p, expansion}); }); });
   dispatch(s, [&]<typename T, int K, int S>() {
-    pf::emulation::launch(grid, tiling.threads, tiling.shared_bytes, [&] { depthwise_backward<T, K, S>(p); });
+    if (expand == 0) launch([&] { depthwise_backward<T, K, S>(p); });
     if (r.want_dw) finish<Wide<T>>(p, static_cast<int>(taps) * s.channels, finish_weight<Wide<T>>);
   });
   if (r.want_q) output(p.q, in);

@@ -13,6 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")  # csrc/cuda/kernels.h, Activation
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -51,7 +52,7 @@ class Tiling(NamedTuple):
 
 
 def tilings(shapes: list[tuple[int, ...]]) -> list[Tiling]:
-    """The host's tilings for (backward, type, batch, channels, height, width, kernel, stride)."""
+    """The host's tilings for (backward, type, batch, channels, height, width, kernel, stride, expand)."""
     binary = build("tilings", [HERE / "tilings.cpp", ROOT / "csrc/cuda/tiling.cpp"], ["-O1"])
     lines = "\n".join(" ".join(map(str, shape)) for shape in shapes)
     run = subprocess.run([binary], input=lines, capture_output=True, text=True, check=True)
@@ -73,14 +74,18 @@ class Emulated:
         sources = [HERE / "driver.cpp", ROOT / "csrc/cuda/tiling.cpp"]
         self.binary = build(f"driver-{sanitizer.split(',')[0]}", sources, flags)
 
-    def _call(self, x, weight, stride, scale, shift, gradient, mask, wanted, skew, groups) -> bytes:
-        (b, c, h, w), k = x.shape, weight.shape[-1]
+    def _call(
+        self, x, weight, stride, scale, shift, gradient, mask, wanted, skew, groups, expand=(None, None, "identity")
+    ) -> bytes:
+        (b, ci, h, w), (c, _, _, k) = x.shape, weight.shape
+        w1, norm1, activation = expand
         dz, d, affine = gradient
         flags = [scale is not None, affine is not None, mask, *wanted, weight.dtype != x.dtype]
         header = [dz is not None, TYPES[x.dtype], b, c, h, w, k, stride, *flags, skew, groups]
-        pieces = [x, weight, scale, shift, dz, d, affine]
+        header += [0 if w1 is None else ci, ACTIVATIONS.index(activation)]
+        pieces = [x, weight, scale, shift, w1, norm1, dz, d, affine]
         data = b"".join(_raw(piece) for piece in pieces if piece is not None)
-        run = self.run(struct.pack("16i", *map(int, header)) + data)
+        run = self.run(struct.pack("18i", *map(int, header)) + data)
         assert run.returncode == 0, run.stderr.decode()[:4000]
         return run.stdout
 
@@ -88,7 +93,7 @@ class Emulated:
         """The driver on raw requests; on none it only starts, which a sanitizer may already refuse."""
         # Leaks are not what is looked for, and looking for them fails where ptrace is forbidden.
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-        return subprocess.run([self.binary], input=request, capture_output=True, env=environment)
+        return subprocess.run([self.binary], input=request, capture_output=True, env=environment, timeout=300)
 
     def forward(self, x, weight, scale, shift, stride, skew=0, groups=0) -> tuple[Tensor, Tensor, Tensor]:
         """As ops.depthwise_forward. skew: bytes off alignment; groups: at most so many, 0 for the host's choice."""
@@ -109,6 +114,30 @@ class Emulated:
         parts = [((b, h, w, c), x.dtype), (tuple(weight.shape), wide)]
         values = _split(answer, [part for part, want in zip(parts, wanted, strict=True) if want])
         return [values[0].permute(0, 3, 1, 2), *values[1:]] if wanted[0] else values
+
+    def expand_forward(
+        self, x, w1, norm1, weight, stride, activation, skew=0, groups=0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ops.expand_depthwise_forward."""
+        nothing = (None, None)
+        answer = self._call(
+            x, weight, stride, *nothing, (None, *nothing), False, (False, False), skew, groups, (w1, norm1, activation)
+        )
+        (b, _, h, w), c = x.shape, w1.shape[0]
+        out = (b, (h - 1) // stride + 1, (w - 1) // stride + 1, c)
+        d, mean, var = _split(answer, [(out, x.dtype), ((c,), torch.float32), ((c,), torch.float32)])
+        return d.permute(0, 3, 1, 2), mean, var
+
+    def expand_backward(
+        self, dz, d, affine, x, w1, norm1, weight, stride, activation, skew=0, groups=0
+    ) -> tuple[Tensor, Tensor]:
+        """As ops.expand_depthwise_backward."""
+        answer = self._call(
+            x, weight, stride, None, None, (dz, d, affine), False, (True, True), skew, groups, (w1, norm1, activation)
+        )
+        (b, _, h, w), c = x.shape, w1.shape[0]
+        q, dw = _split(answer, [((b, h, w, c), x.dtype), (tuple(weight.shape), torch.float32)])
+        return q.permute(0, 3, 1, 2), dw
 
 
 def _raw(t: Tensor) -> bytes:

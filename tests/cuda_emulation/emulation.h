@@ -1,6 +1,7 @@
 // CUDA for one block at a time on the CPU: as many threads as the block has, a barrier, shared memory of exactly the
 // size asked for (so that AddressSanitizer sees what reaches over it) and filled with NaN (so that results show what
-// was read before it was written). Real threads, so that ThreadSanitizer sees a missing __syncthreads().
+// was read before it was written). Real threads, so that ThreadSanitizer sees a missing __syncthreads(). Warps, so that
+// the tensor cores' instruction waits for all of its lanes: one that never comes is a hang, which the caller times.
 #pragma once
 #include <pthread.h>
 
@@ -31,12 +32,22 @@ struct FreeShared {
   void operator()(unsigned char* p) const { std::free(p); }
 };
 
+// What the lanes of a warp bring to a collective instruction: two sets, used in turn, so that one barrier each is
+// enough (who writes a set has passed the barrier that all reach after they read it).
+struct Warp {
+  pthread_barrier_t barrier;
+  uint32_t a[2][32][4], b[2][32][2];
+};
+
 struct Block {
   pthread_barrier_t barrier;
+  std::vector<Warp> warps;
   std::unique_ptr<unsigned char, FreeShared> shared;
 };
 
 inline Block* block = nullptr;
+
+inline thread_local int turn;
 
 inline void barrier() { pthread_barrier_wait(&block->barrier); }
 
@@ -48,6 +59,8 @@ void launch(dim3 grid, int threads, int shared_bytes, const Kernel& kernel) {
   gridDim = grid;
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   pthread_barrier_init(&state.barrier, nullptr, static_cast<unsigned>(threads));
+  state.warps.resize(static_cast<size_t>(threads / 32));
+  for (auto& warp : state.warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
   std::vector<std::thread> pool;
   for (int t = 0; t < threads; ++t)
     pool.emplace_back([&, t] {
@@ -65,12 +78,14 @@ void launch(dim3 grid, int threads, int shared_bytes, const Kernel& kernel) {
         }
     });
   for (auto& thread : pool) thread.join();
+  for (auto& warp : state.warps) pthread_barrier_destroy(&warp.barrier);
   pthread_barrier_destroy(&state.barrier);
 }
 
 }  // namespace pf::emulation
 
 inline void __syncthreads() { pf::emulation::barrier(); }
+inline void __syncwarp() {}  // no memory is passed between lanes, and ThreadSanitizer may see if it were
 
 namespace pf::cuda {
 
@@ -127,3 +142,32 @@ inline void narrow(float x, Half& y) {
 }
 
 }  // namespace pf::cuda
+
+namespace pf::emulation {
+
+// mma.sync.aligned.m16n8k16.row.col.f32 of two half types, by the fragment layout of the PTX ISA: with g = lane / 4 and
+// t = lane % 4, element (row, k) of A is with g = row % 8, t = k % 8 / 2, in register row / 8 + k / 8 * 2, half k % 2;
+// element (k, n) of B with g = n, t = k % 8 / 2, in register k / 8, half k % 2; a lane's four sums are rows g and g + 8
+// of columns 2 t and 2 t + 1.
+template <typename T>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Warp& warp = block->warps[threadIdx.x / 32];
+  const unsigned lane = threadIdx.x % 32;
+  const int set = turn;
+  turn ^= 1;
+  std::memcpy(warp.a[set][lane], a, sizeof(a));
+  std::memcpy(warp.b[set][lane], b, sizeof(b));
+  pthread_barrier_wait(&warp.barrier);
+  const auto half = [](uint32_t pair, int i) { return widen(T{static_cast<uint16_t>(pair >> (16 * i))}); };
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + static_cast<unsigned>(i) / 2 * 8,
+                   column = lane % 4 * 2 + static_cast<unsigned>(i) % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const uint32_t left = warp.a[set][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const uint32_t right = warp.b[set][column * 4 + k % 8 / 2][k / 8];
+      sum[i] += half(left, k % 2) * half(right, k % 2);
+    }
+  }
+}
+
+}  // namespace pf::emulation

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .emulate import ROOT, Tiling, tilings
 
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as CMakeLists.txt has them
-KERNEL = re.compile(r"depthwise_(forward|backward)I(6__half|13__nv_bfloat16|f)Li(\d)ELi(\d)E")
+KERNEL = re.compile(r"\d((?:expand_)?depthwise_(?:forward|backward))I(6__half|13__nv_bfloat16|f)Li(\d)ELi(\d)E")
 NAMES = {"6__half": "fp16", "13__nv_bfloat16": "bf16", "f": "fp32"}
 TYPE = {"fp16": 0, "bf16": 1, "fp32": 2}
 # Of a multiprocessor: shared memory in KiB, of which each block takes one more.
@@ -21,7 +21,7 @@ SHARED = {80: 164, 90: 228}
 
 
 class Kernel(NamedTuple):
-    """One line of ptxas -v. name: forward, backward, or a mangled name; dtype, kernel and stride of the first two."""
+    """One line of ptxas -v. name: a stencil's with its dtype, kernel and stride, or a mangled name."""
 
     name: str
     dtype: str
@@ -73,29 +73,36 @@ def resident_blocks(architecture: int, registers: int, threads: int, shared_byte
     return min(by_registers, by_shared, 64 // warps, 32)
 
 
-def rows(architecture: int, shape: tuple[int, int, int, int]) -> list[tuple[Kernel, Tiling, int]]:
-    """Every depthwise kernel with its tiling for (batch, channels, height, width) and its resident blocks."""
+def rows(architecture: int, shape: tuple[int, int, int, int], expand: int) -> list[tuple[Kernel, Tiling, int]]:
+    """Every depthwise kernel with its tiling for (batch, channels, height, width) and its resident blocks.
+
+    expand: channels of x in the kernels that expand it.
+    """
     kernels = [kernel for kernel in compile_kernels(architecture) if kernel.dtype]
-    questions = [(int(k.name == "backward"), TYPE[k.dtype], *shape, k.kernel, k.stride) for k in kernels]
+    questions = [
+        (int("backward" in k.name), TYPE[k.dtype], *shape, k.kernel, k.stride, expand * ("expand" in k.name))
+        for k in kernels
+    ]
     return [
         (k, t, resident_blocks(architecture, k.registers, t.threads, t.shared_bytes))
         for k, t in zip(kernels, tilings(questions), strict=True)
     ]
 
 
-def table(shape: tuple[int, int, int, int] = (64, 144, 56, 56)) -> str:
+def table(shape: tuple[int, int, int, int] = (64, 144, 56, 56), expand: int = 24) -> str:
     """Markdown, one row per kernel, sm_80 and sm_90 side by side."""
     lines = [
-        f"Tile, threads and shared memory as chosen for batch {shape[0]}, {shape[1]} channels, {shape[2]}x{shape[3]}.",
+        f"Tile, threads and shared memory as chosen for batch {shape[0]}, {shape[1]} channels, {shape[2]}x{shape[3]},"
+        f" expanded from {expand}.",
         "",
-        "| pass | dtype | k | stride | tile | threads | shared KB | registers sm_80, sm_90 | spills |"
+        "| kernel | dtype | k | stride | tile | threads | shared KB | registers sm_80, sm_90 | spills |"
         " warps per SM sm_80, sm_90 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (a, t, on_a), (b, _, on_b) in zip(rows(80, shape), rows(90, shape), strict=True):
+    for (a, t, on_a), (b, _, on_b) in zip(rows(80, shape, expand), rows(90, shape, expand), strict=True):
         warps = t.threads // 32
         lines.append(
-            f"| {a.name} | {a.dtype} | {a.kernel} | {a.stride} | {t.height} x {t.width} | {t.threads} |"
+            f"| `{a.name}` | {a.dtype} | {a.kernel} | {a.stride} | {t.height} x {t.width} | {t.threads} |"
             f" {t.shared_bytes / 1024:.1f} | {a.registers}, {b.registers} | {a.spills + b.spills} |"
             f" {on_a * warps}, {on_b * warps} of 64 |"
         )

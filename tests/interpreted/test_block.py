@@ -229,6 +229,27 @@ def test_through_the_ops_of_the_cuda_stencils(shape, monkeypatch):
     torch.testing.assert_close(alone, compose.mbconv_backward(*arguments, True, True)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("policy", ["fast", "lean"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
+def test_expand_and_depthwise_in_one(shape, policy, dtype, monkeypatch):
+    """What a GPU runs in half precision where it pays: e is never stored, in no pass of a weight step or a probe."""
+    monkeypatch.setattr(passes, "stencils", lambda x, kernels, stride: len(set(kernels)) == 1)
+    for module in (passes, gradients):
+        monkeypatch.setattr(module, "expand", None)
+    check(*inputs(shape, dtype), shape, dtype, True, policy)
+    check(*inputs(shape, dtype), shape, dtype, False, policy, running_of(inputs(shape, dtype)[2], dtype))
+
+
+def test_where_expand_and_depthwise_in_one_pays():
+    pays = {
+        arch: {(k, s) for k in (3, 5, 7) for s in (1, 2) if passes.expansion_pays(24, k, s, arch)} for arch in (80, 90)
+    }
+    assert pays == {80: {(3, 1), (3, 2), (5, 2)}, 90: {(3, 1), (3, 2), (5, 1), (5, 2), (7, 2)}}
+    assert passes.expansion_pays(24, 5, 1, 100) and not passes.expansion_pays(24, 5, 1, 86)
+    assert passes.expansion_pays(96, 3, 1, 80) and not passes.expansion_pays(112, 3, 1, 90)
+
+
 def test_probes_by_kernel_size_where_the_stencils_run(monkeypatch):
     shapes, x, grad, params = candidates()
     arguments = (x, grad, [t for p in params for t in p], [], [9, 9, 9], None, None, 2, "relu6", True, 0.1, 1e-3)

@@ -17,8 +17,7 @@ from .configs import Config, padded
 from .gradients import mbconv_backward
 from .passes import (
     Block,
-    depthwise,
-    expand,
+    expand_depthwise,
     expand_moments,
     finish_moments,
     gram_rows,
@@ -70,7 +69,7 @@ def mbconv(
         if mean is None or cov is None:
             mean, cov = gram_rows(block.x)
         norm1 = expand_moments(block.w1, mean, cov, params[1], params[2], eps, first[0])
-    d, partial, rows = depthwise(block, expand(block, norm1), moments=training)
+    d, partial, rows = expand_depthwise(block, norm1, moments=training)
     if training:
         _, norm2 = finish_moments(partial, rows, block.out_pixels, params[-5], params[-4], eps, second)
     assert norm2 is not None
@@ -187,7 +186,7 @@ def _probe(
         third.copy_(torch.cat([r[i] for r in running for i in (-2, -1)]).view(n, 2, co))
     elif block.w1 is not None:
         norm1 = expand_moments(block.w1, mean, cov, gamma1, beta1, eps, statistics[0])
-    d, partial, rows = depthwise(block, expand(block, norm1), moments=training)
+    d, partial, rows = expand_depthwise(block, norm1, moments=training)
     if training:
         _, norm2 = finish_moments(partial, rows, block.out_pixels, gamma2, beta2, eps, statistics[1])
     _, partial, rows = project(block, d, norm2, "probe", grad=g)

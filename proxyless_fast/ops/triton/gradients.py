@@ -16,6 +16,7 @@ from .passes import (
     Block,
     depthwise,
     expand,
+    expand_depthwise,
     finish_gradient,
     image_of,
     inputs_config,
@@ -50,13 +51,22 @@ def mbconv_backward(
     block = make_block(x, [params], stride, activation)
     g, y_rows = rows_of(grad.to(x.dtype)), rows_of(y)
     norm1, norm2, norm3 = norms_of(statistics, params, eps)
-    lean = d.numel() == 0
-    e = expand(block, norm1) if weights or lean else None
-    d_rows = depthwise(block, e, moments=False)[0] if lean and e is not None else rows_of(d)
+    lean, in_one = d.numel() == 0, passes.in_one(block)
+    e = expand(block, norm1) if (weights or lean) and not in_one else None
+    if not lean:
+        d_rows = rows_of(d)
+    elif e is not None:
+        d_rows = depthwise(block, e, moments=False)[0]
+    else:
+        d_rows = expand_depthwise(block, norm1, moments=False)[0]
 
     third, affine3 = _norm3(block, g, y_rows, norm3, training)
     dz, dwp, second, affine2 = _project(block, d_rows, g, y_rows, norm2, affine3, training, weights)
-    de, dtaps = _depthwise(block, dz, d_rows, affine2, e if weights else None, training)
+    dtaps: Tensor | None
+    if in_one and weights:
+        de, dtaps = _expand_depthwise(block, dz, d_rows, affine2, norm1)
+    else:
+        de, dtaps = _depthwise(block, dz, d_rows, affine2, e if weights else None, training)
     del dz, e
     first: list[Tensor] = []
     dx = de if input else None
@@ -145,8 +155,7 @@ def _depthwise(
 def _depthwise_stencil(
     block: Block, dz: Tensor, d: Tensor, affine2: Tensor, e: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    out, taps = (block.size[0], *block.size[3:]), taps_of(block)
-    gradient = (image_of(dz, *out), image_of(d, *out), affine2)
+    gradient, taps = _gradient(block, dz, d, affine2), taps_of(block)
     if e is None:  # of the input the stencil needs only the shape then
         like = image_of(block.empty(block.pixels, block.ch), *block.size[:3])
         q = torch.ops.proxyless_fast.depthwise_backward_input(*gradient, like, None, None, taps, block.stride, False)
@@ -155,6 +164,24 @@ def _depthwise_stencil(
         *gradient, image_of(e, *block.size[:3]), None, None, taps, block.stride, False
     )
     return rows_of(q), dtaps
+
+
+def _expand_depthwise(
+    block: Block, dz: Tensor, d: Tensor, affine2: Tensor, norm1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """de and the gradient of the taps, e made again in shared memory."""
+    assert block.w1 is not None and norm1 is not None
+    de, dtaps = torch.ops.proxyless_fast.expand_depthwise_backward(
+        *_gradient(block, dz, d, affine2), image_of(block.x, *block.size[:3]), block.w1, norm1, taps_of(block),
+        block.stride, block.activation,
+    )  # fmt: skip
+    return rows_of(de), dtaps
+
+
+def _gradient(block: Block, dz: Tensor, d: Tensor, affine2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dz, d and BN2's backward as the stencils take them."""
+    out = (block.size[0], *block.size[3:])
+    return image_of(dz, *out), image_of(d, *out), affine2
 
 
 def _expand(

@@ -12,10 +12,14 @@ from . import configs
 from .configs import Config
 
 
+def architecture(x: Tensor) -> int:
+    """80, 90, ... of x's device; 90 for what is no GPU."""
+    return configs.architecture(x.device.index) if x.is_cuda else 90
+
+
 def config(kernel: str, x: Tensor, width: int, **at_most: int) -> Config:
     """`configs.config` for x's device and dtype."""
-    arch = configs.architecture(x.device.index) if x.is_cuda else 90
-    return configs.config(kernel, x.dtype, width, arch, **at_most)
+    return configs.config(kernel, x.dtype, width, architecture(x), **at_most)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -114,7 +114,8 @@ def norms_of(statistics: Tensor, params: Sequence[Tensor], eps: float) -> tuple[
     """The norms of a block, in order, from its statistics vector: one launch."""
     ch, co = params[-5].numel(), params[-2].numel()
     sizes = [4 * ch] * (len(params) // 3 - 1) + [4 * co]
-    norms = torch.empty(sum(sizes), dtype=torch.float32, device=statistics.device).split(sizes)
+    memory = torch.empty(sum(sizes), dtype=torch.float32, device=statistics.device)
+    norms = [norm.view(4, -1) for norm in memory.split(sizes)]
     first = (params[1], params[2], norms[0]) if len(sizes) == 3 else (None, None, None)
     launch.run(
         nm.norms_of_block, (-(-max(ch, co) // 16), 3), NARROW, statistics, *first[:2], *params[-5:-3], *params[-2:],
@@ -227,12 +228,40 @@ def expand(block: Block, norm1: Tensor | None) -> Tensor:
 @lru_cache(maxsize=1)
 def stencils_built() -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return all(has(f"proxyless_fast::{op}", "CUDA") for op in ("depthwise_forward", "depthwise_backward"))
+    ops = ("depthwise_forward", "depthwise_backward", "expand_depthwise_forward", "expand_depthwise_backward")
+    return all(has(f"proxyless_fast::{op}", "CUDA") for op in ops)
 
 
 def stencils(x: Tensor, kernels: Sequence[int], stride: int) -> bool:
     """Whether the CUDA C++ stencils run the depthwise convolutions: built, on a GPU, of one size that they have."""
     return x.is_cuda and len(set(kernels)) == 1 and kernels[0] in (3, 5, 7) and stride in (1, 2) and stencils_built()
+
+
+# Float32 operations in the time of one byte of memory, by the data sheets: A100 (and, below what they have, every card
+# older than an H100), H100.
+RIDGE = {80: 9.6, 90: 20.0}
+WIDEST_EXPANDED = 96
+
+
+def expansion_pays(ci: int, kernel: int, stride: int, arch: int) -> bool:
+    """Whether expand and depthwise should be one launch, by the roofline of docs/gpu-cuda.md; half precision only.
+
+    It saves writing and reading e and costs the halo's products and each element's norm and activation once more. That
+    is time gained where the stencil waits for memory, which is where its 2 k^2 operations for each output are fewer
+    than the ridge allows for the stride^2 values read and the one written, 2 bytes each. Beyond, it is level at best.
+    And the chunks of 32 channels each read x again, from the second-level cache: with wide x that is as much as was
+    saved.
+    """
+    ridge = RIDGE[90 if arch >= 90 else 80]
+    return ci <= WIDEST_EXPANDED and 2 * kernel**2 <= ridge * 2 * (stride**2 + 1)
+
+
+def in_one(block: Block) -> bool:
+    """Whether e of this block is made where it is used (`expand_depthwise_*`) and never stored."""
+    kernels = [k for _, k, _ in block.taps]
+    if block.w1 is None or block.x.dtype.itemsize != 2 or not stencils(block.x, kernels, block.stride):
+        return False
+    return expansion_pays(block.x.shape[1], kernels[0], block.stride, launch.architecture(block.x))
 
 
 def taps_of(block: Block) -> Tensor:
@@ -261,6 +290,18 @@ def depthwise(block: Block, e: Tensor, moments: bool) -> tuple[Tensor, Tensor | 
             D_STRIDE=block.ch, P_STRIDE=block.ch, C=c, K=k, STRIDE=block.stride,
         )  # fmt: skip
     return d, partial, rows
+
+
+def expand_depthwise(block: Block, norm1: Tensor | None, moments: bool) -> tuple[Tensor, Tensor | Moments | None, int]:
+    """`depthwise` of `expand`, in one launch where that pays."""
+    if not in_one(block):
+        return depthwise(block, expand(block, norm1), moments)
+    assert block.w1 is not None and norm1 is not None
+    x = image_of(block.x, *block.size[:3])
+    d, mean, var = torch.ops.proxyless_fast.expand_depthwise_forward(
+        x, block.w1, norm1, taps_of(block), block.stride, block.activation
+    )
+    return rows_of(d), Moments(mean, var) if moments else None, block.out_pixels
 
 
 @lru_cache(maxsize=4096)
