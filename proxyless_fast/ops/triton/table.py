@@ -49,6 +49,8 @@ ROWS: tuple[Row, ...] = (
     (90, "rows", "float", 64, {"BM": 64}, 4, 2, 2048),
     (90, "rows", "float", 256, {"BM": 16}, 4, 2, 2048),
     (90, "rows", "float", None, {"BM": 8}, 4, 2, 2048),
+    (80, "depthwise", "half", None, {"BM": 64, "BC": 64}, 8, 1, 2048),
+    (80, "depthwise_backward", "half", None, {"BM": 8, "BC": 64}, 4, 1, 2048),
     (80, "project_backward", "half", 128, {"BM": 64, "BC": 64}, 8, 2, 2048),
     (80, "project_backward", "half", None, {"BM": 16, "BC": 64}, 8, 2, 2048),
 )
