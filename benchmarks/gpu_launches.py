@@ -99,6 +99,12 @@ def recording(arch: int = 90) -> Iterator[list[Launch]]:
         yield launches
 
 
+def _values(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Normal random numbers, where there is something to hold them."""
+    empty = torch.empty(shape, dtype=dtype, device=device)
+    return empty if device == "meta" else empty.normal_()
+
+
 @dataclass(frozen=True)
 class Shape:
     """A candidate MBConv at its place in a network."""
@@ -119,22 +125,17 @@ class Shape:
         return self.ci * self.expand
 
     def params(self, dtype: torch.dtype = torch.float32, device: str = "meta") -> list[Tensor]:
-        def norm(c: int) -> list[Tensor]:
-            return [torch.empty(c, dtype=dtype, device=device) for _ in range(2)]
+        wide, narrow = [(self.ch,)] * 2, [(self.co,)] * 2
+        shapes = [(self.ch, self.ci, 1, 1), *wide] if self.expand > 1 else []
+        shapes += [(self.ch, 1, self.kernel, self.kernel), *wide, (self.co, self.ch, 1, 1), *narrow]
+        return [_values(shape, dtype, device) for shape in shapes]
 
-        def weight(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+    def x(self, dtype: torch.dtype, device: str = "meta") -> Tensor:
+        return _values((self.batch, self.size, self.size, self.ci), dtype, device).permute(0, 3, 1, 2)
 
-        first = [weight(self.ch, self.ci, 1, 1), *norm(self.ch)] if self.expand > 1 else []
-        depthwise = [weight(self.ch, 1, self.kernel, self.kernel), *norm(self.ch)]
-        return [*first, *depthwise, weight(self.co, self.ch, 1, 1), *norm(self.co)]
-
-    def x(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.batch, self.size, self.size, self.ci, dtype=dtype, device="meta").permute(0, 3, 1, 2)
-
-    def output(self, dtype: torch.dtype) -> Tensor:
+    def output(self, dtype: torch.dtype, device: str = "meta") -> Tensor:
         out = (self.size - 1) // self.stride + 1
-        return torch.empty(self.batch, out, out, self.co, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+        return _values((self.batch, out, out, self.co), dtype, device).permute(0, 3, 1, 2)
 
 
 def imagenet(batch: int) -> list[Shape]:
