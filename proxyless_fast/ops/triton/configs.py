@@ -33,15 +33,20 @@ Table = dict[int, dict[str, dict[str, list[tuple[int, Config]]]]]
 
 
 def table_of(rows: Iterable[table.Row]) -> Table:
-    """`rows` by architecture, kernel and operands; what an architecture has no rows for is as on sm_90."""
+    """`rows` by architecture, kernel and operands.
+
+    What an architecture has no rows for is as on the next older one; what the oldest has none for is as on sm_90.
+    """
     found: Table = {}
     for arch, kernel, operands, limit, tile, warps, stages, programs in rows:
         here = found.setdefault(arch, {}).setdefault(kernel, {}).setdefault(operands, [])
         here.append((WIDE if limit is None else limit, Config(tile, warps, stages, programs)))
-    for kernel, by_operands in found[90].items():
-        for operands, listed in by_operands.items():
-            for arch in found:
+    older = 90
+    for arch in sorted(found):
+        for kernel, by_operands in found[older].items():
+            for operands, listed in by_operands.items():
                 found[arch].setdefault(kernel, {}).setdefault(operands, listed)
+        older = arch
     return found
 
 
@@ -62,9 +67,14 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def operands(dtype: torch.dtype) -> str:
+    """Which rows serve x's dtype."""
+    return "float" if dtype == torch.float32 else "half"
+
+
 def config(kernel: str, dtype: torch.dtype, width: int, arch: int = 90, **at_most: int) -> Config:
     """The table's row for `kernel`; a block size named in `at_most` is cut to the padding of that many channels."""
-    rows = TABLE[arch][kernel]["float" if dtype == torch.float32 else "half"]
+    rows = TABLE[arch][kernel][operands(dtype)]
     found = next(row for limit, row in rows if padded(width) <= limit)
     tile = {k: min(v, padded(at_most[k])) if k in at_most else v for k, v in found.tile.items()}
     return found._replace(tile=tile)
