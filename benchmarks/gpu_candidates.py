@@ -18,6 +18,7 @@ from proxyless_fast.ops.triton import configs, launch, passes
 from proxyless_fast.ops.triton.configs import Config
 
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
+Launched = dict[Shape, list[Launch]]
 SHARED = {80: 163, 86: 99, 89: 99}  # KiB that a block may have; from sm_90 on 227
 KERNELS = {  # the launches that a row of this name configures
     "gram": {"gram_partial"},
@@ -114,7 +115,7 @@ def steps(layer: Shape, dtype: torch.dtype, device: str) -> None:
     step(layer, dtype, "full", device)
 
 
-def launches(place: Place, config: Config, layers: list[Shape]) -> dict[Shape, list[Launch]]:
+def launches(place: Place, config: Config, layers: list[Shape]) -> Launched:
     """What the row launches in each layer that it serves, seen on meta tensors."""
     found = {}
     for layer in layers:
@@ -126,21 +127,39 @@ def launches(place: Place, config: Config, layers: list[Shape]) -> dict[Shape, l
     return found
 
 
-def verdict(place: Place, config: Config, layers: list[Shape], scratch: Path) -> tuple[bool, str]:
-    """Whether the compiler takes a candidate for every variant of the kernel, at the widest layer; and its words."""
+def trials(place: Place, layers: list[Shape]) -> Iterator[tuple[Config, Launched]]:
+    """The candidates and their launches, today's row first, without those that launch what an earlier one does.
 
-    def variant(launched: Launch) -> tuple:
-        c = launched.constants
-        return launched.name, tuple(a is None for a in launched.args), c.get("K"), c.get("MODE")
+    There are such because a block is cut to the channels there are.
+    """
+    seen = set()
+    for config in candidates(place.config):
+        launched = launches(place, config, layers)
+        every = [one for some in launched.values() for one in some]
+        key = tuple((one.name, *one.config.tile.values(), one.config.warps, one.config.stages) for one in every)
+        if key not in seen:
+            seen.add(key)
+            yield config, launched
 
-    of_layers = launches(place, config, layers)
-    every = sorted((one for some in of_layers.values() for one in some), key=lambda one: -nbytes(one.args))
+
+def verdict(place: Place, launched: Launched, today: Launched, scratch: Path) -> tuple[bool, str]:
+    """Whether a candidate can be compared with today's row: it runs the same passes, and the compiler takes them.
+
+    Of each variant of the kernel the widest is compiled. The words say why not, or what the compiler says.
+    """
+
+    def variant(one: Launch) -> tuple:
+        return one.name, tuple(a is None for a in one.args), one.constants.get("K"), one.constants.get("MODE")
+
+    every = sorted((one for some in launched.values() for one in some), key=lambda one: -nbytes(one.args))
+    if {layer: len(some) for layer, some in launched.items()} != {layer: len(some) for layer, some in today.items()}:
+        return False, "runs other passes, which cannot be compared alone"
     if not every:
         return False, "serves no layer of the ImageNet space"
     said = []
-    for launched in distinct(every, variant):
+    for one in distinct(every, variant):
         try:
-            code = compile_launch(launched, place.arch, scratch)
+            code = compile_launch(one, place.arch, scratch)
         except Exception as error:  # Triton raises all kinds: of its own, of MLIR, of the assembler
             return False, f"does not compile ({type(error).__name__})"
         said.append(f"{code.registers} registers, {code.shared >> 10} KiB")
@@ -149,3 +168,10 @@ def verdict(place: Place, config: Config, layers: list[Shape], scratch: Path) ->
         if code.shared > SHARED.get(place.arch, 227) << 10:
             return False, f"needs {code.shared >> 10} KiB of shared memory"
     return True, "; ".join(dict.fromkeys(said))
+
+
+def judged(place: Place, layers: list[Shape], scratch: Path) -> Iterator[tuple[Config, bool, str]]:
+    """Every trial of a row with its verdict."""
+    today = launches(place, place.config, layers)
+    for config, launched in trials(place, list(today)):
+        yield config, *verdict(place, launched, today, scratch)

@@ -5,9 +5,10 @@
     python benchmarks/gpu_tune.py --dry-run            without a GPU: the candidates, and what the compiler says of each
 
 A candidate differs from today's row in one or two of its numbers: a block size halved or doubled, other warps, other
-stages. Those that do not compile, spill or need too much shared memory are dropped; the others are timed on the widest
-layer of the ImageNet space that the row serves, and the best of them on all its layers, by the sum of their launches.
-The table decides how reductions are cut into programs, so a tuned table gives other bits, if again always the same.
+stages. Those that do not compile, spill, need too much shared memory or make other passes run are dropped; the others
+are timed on the widest layer of the ImageNet space that the row serves, and the best of them on all its layers, by the
+sum of the row's own launches (what adds up their partial sums is not counted). The table decides how reductions are cut
+into programs, so a tuned table gives other bits, if again always the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gpu_candidates import DTYPES, Place, candidates, launches, places, serving, steps, verdict, words
+from gpu_candidates import DTYPES, Place, judged, launches, places, serving, steps, words
 from gpu_launches import Launch, Shape, imagenet
 from gpu_run import Cuda, Run
 from rich.console import Console
@@ -61,7 +62,7 @@ def seconds(run: Run, place: Place, config: Config, layers: list[Shape]) -> floa
 def fastest(run: Run, place: Place, layers: list[Shape], scratch: Path, say: Callable[[str], None]) -> Config:
     """The row's winner."""
     served = sorted(launches(place, place.config, layers), key=lambda s: -s.ch * s.batch * s.size**2)
-    taken = [c for c in candidates(place.config) if verdict(place, c, layers, scratch)[0]]
+    taken = [config for config, good, _ in judged(place, served, scratch) if good]
     if not served or not taken:
         say(f"{place}: kept, nothing to measure")
         return place.config
@@ -128,8 +129,7 @@ def listing(arch: int, kernels: list[str], layers: list[Shape], say: Callable[[s
     with tempfile.TemporaryDirectory() as scratch:
         for place in places(arch, kernels):
             say(str(place))
-            for config in candidates(place.config):
-                taken, why = verdict(place, config, layers, Path(scratch))
+            for config, taken, why in judged(place, layers, Path(scratch)):
                 say(f"  {words(config)}: {'' if taken else 'dropped, '}{why}")
 
 

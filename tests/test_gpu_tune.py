@@ -42,26 +42,44 @@ def test_candidates_are_few_and_near():
                 assert c.warps in (2, 4, 8) and c.stages in (1, 2, 3, 4) and c.programs == config.programs
 
 
+def test_what_is_cut_to_the_same_block_is_tried_once():
+    place = gpu_candidates.Place(90, "gram", "half", 32)
+    tried = [config for config, _ in gpu_candidates.trials(place, [LAYER])]
+    assert tried[0] == place.config and not any(c.tile["BC"] > 32 for c in tried)  # the layer has 24 channels
+    assert any(c.tile["BC"] == 16 for c in tried) and any(c.tile["BM"] == 256 for c in tried)
+
+
+def verdict(place, config, layer, scratch):
+    of = [gpu_candidates.launches(place, c, [layer]) for c in (config, place.config)]
+    return gpu_candidates.verdict(place, *of, scratch)
+
+
 def test_the_compiler_drops_what_spills_or_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     place = gpu_candidates.Place(80, "depthwise_backward", "half", WIDE)
     layer = Shape(64, 192, 320, 7, 7, 1, 6)
-    taken, why = gpu_candidates.verdict(place, Config({"BM": 16, "BC": 32}, 4, 1), [layer], tmp_path)
+    taken, why = verdict(place, Config({"BM": 16, "BC": 32}, 4, 1), layer, tmp_path)
     assert not taken and why.startswith("spills")
-    assert gpu_candidates.verdict(place, place.config, [layer], tmp_path)[0]
+    assert verdict(place, place.config, layer, tmp_path)[0]
     place = gpu_candidates.Place(80, "expand", "half", WIDE)
-    taken, why = gpu_candidates.verdict(place, Config({"BM": 128, "BN": 128, "BK": 128}, 8, 4), [layer], tmp_path)
+    taken, why = verdict(place, Config({"BM": 128, "BN": 128, "BK": 128}, 8, 4), layer, tmp_path)
     assert not taken and "shared memory" in why
     place = gpu_candidates.Place(90, "gram", "half", WIDE)
-    taken, why = gpu_candidates.verdict(place, Config({"BM": 24, "BC": 64}, 4, 2), [layer], tmp_path)
+    taken, why = verdict(place, Config({"BM": 24, "BC": 64}, 4, 2), layer, tmp_path)
     assert not taken and why.startswith("does not compile")
+
+
+def test_a_candidate_that_changes_which_passes_run_is_dropped(tmp_path):
+    place = gpu_candidates.Place(90, "expand_once", "half", WIDE)  # with half the channels a program, it is not chosen
+    taken, why = verdict(place, Config({"BM": 32, "BC": 32}, 8, 2), LAYER, tmp_path)
+    assert not taken and "other passes" in why
 
 
 def test_a_dry_run_lists_candidates_and_verdicts(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(gpu_tune, "imagenet", lambda batch: [LAYER])
     few = [Config({"BM": 64, "BN": 64, "BK": 64}, 4, 2), Config({"BM": 48, "BN": 64, "BK": 64}, 4, 2)]
-    monkeypatch.setattr(gpu_tune, "candidates", lambda config: few)
+    monkeypatch.setattr(gpu_candidates, "candidates", lambda config: few)
     before = Path(table.__file__).read_text()
     assert gpu_tune.main(["--dry-run", "--kernels", "finish_input"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -76,7 +94,10 @@ def tuning(tmp_path, monkeypatch):
     """tune(times): a tuner on a device where a launch takes times(config) seconds; gives the table that it writes."""
     for arch, kernels in configs.TABLE.items():
         monkeypatch.setitem(configs.TABLE, arch, {kernel: dict(rows) for kernel, rows in kernels.items()})
-    monkeypatch.setattr(gpu_tune, "verdict", lambda place, config, *_: (config.stages < 3, ""))
+    near = gpu_candidates.candidates
+    monkeypatch.setattr(gpu_candidates, "candidates", lambda config: near(config)[:12])  # those with one change
+    fits = lambda launched: all(one.config.warps > 2 for some in launched.values() for one in some)  # noqa: E731
+    monkeypatch.setattr(gpu_candidates, "verdict", lambda place, launched, *_: (fits(launched), ""))
     ran = []
     monkeypatch.setattr(launch, "run", lambda kernel, grid, config, *args, **constants: ran.append(config))
 
@@ -102,7 +123,7 @@ def test_the_fastest_is_written_and_nothing_else_changes(tuning):
     before, after = configs.table_of(table.ROWS), configs.table_of(written["ROWS"])
     old, new = before[90]["project"]["half"], after[90]["project"]["half"]
     for place in (0, 2):  # the rows of 24 and of 320 outputs
-        assert new[place][1].tile == old[place][1].tile | {"BM": 128} and new[place][1].stages < 3
+        assert new[place][1] == old[place][1]._replace(tile=old[place][1].tile | {"BM": 128})
     assert new[1] == old[1] and [limit for limit, _ in new] == [limit for limit, _ in old]
     for kernel in before[90]:
         if kernel != "project":
@@ -113,7 +134,7 @@ def test_the_fastest_is_written_and_nothing_else_changes(tuning):
 
 
 def test_a_row_is_kept_where_nothing_is_faster(tuning):
-    written, said = tuning(lambda config: 1e-5 if config.stages == 2 else 0.99e-5)
+    written, said = tuning(lambda config: 1e-5 if config.warps == 4 else 0.99e-5)
     assert configs.table_of(written["ROWS"]) == configs.table_of(table.ROWS)
     assert "kept" in said
 
