@@ -4,13 +4,14 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help search test bench bench-gpu lint format sanitize clean
+.PHONY: help search test bench bench-gpu tune-gpu lint format sanitize clean
 
 help:
 	@echo "make search   search, derive, train and export a network for this machine (ARGS=... are passed on)"
 	@echo "make test     every test"
 	@echo "make bench    memory and speed, as ratios within one run"
 	@echo "make bench-gpu correctness and speed on a GPU (exit code 2 without one)"
+	@echo "make tune-gpu the GPU kernels' table of configurations, measured on this card (exit code 2 without one)"
 	@echo "make lint     ruff, mypy, clang-format (make format applies what can be applied)"
 	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan, without torch (a minute or two)"
 	@echo "make clean    remove what was built; .venv and runs/ stay"
@@ -37,6 +38,9 @@ bench: .venv/built
 
 bench-gpu: .venv/built
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+tune-gpu: .venv/built
+	@$(BIN)/python benchmarks/gpu_tune.py $(ARGS)
 
 lint: .venv/built
 	@$(BIN)/ruff check .

@@ -32,7 +32,10 @@ LR, MOMENTUM, DECAY, ARCH_LR = 1e-3, 0.9, 4e-5, 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """What all baselines of a run share: the space ("mobile" or "small"), sizes, threads, the official code's clone."""
+    """What all baselines of a run share: the space ("mobile" or "small"), sizes, threads, the official code's clone.
+
+    device: where nets and data are. autocast: name of the torch dtype that forward passes run in under autocast.
+    """
 
     space: str = "mobile"
     resolution: int = 112
@@ -40,6 +43,8 @@ class Settings:
     threads: int = 2
     official: str | None = None
     seed: int = 0
+    device: str = "cpu"
+    autocast: str | None = None
 
     @property
     def classes(self) -> int:
@@ -49,14 +54,20 @@ class Settings:
         """The supernet, with the weights that every baseline starts from; alphas are zero, all paths equally likely."""
         torch.manual_seed(self.seed)
         build = getattr(pf.spaces, self.space)
-        return build(num_classes=self.classes, in_channels=3, resolution=self.resolution)
+        return build(num_classes=self.classes, in_channels=3, resolution=self.resolution).to(self.device)
 
     def data(self, batch: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels of one batch."""
-        random = torch.Generator().manual_seed(self.seed + 1)
+        random = torch.Generator(self.device).manual_seed(self.seed + 1)
         count = batch or self.batch
-        images = torch.randn(count, 3, self.resolution, self.resolution, generator=random)
-        return images, torch.randint(0, self.classes, (count,), generator=random)
+        images = torch.randn(count, 3, self.resolution, self.resolution, generator=random, device=self.device)
+        return images, torch.randint(0, self.classes, (count,), generator=random, device=self.device)
+
+    def forward_context(self) -> AbstractContextManager:
+        """Autocast, where the settings ask for it."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, getattr(torch, self.autocast))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +78,8 @@ class Subject:
 
     weighted = False  # whether all paths run, weighted by softmax(alpha)
 
-    def __init__(self, net: nn.Module, channels_last: bool = True) -> None:
+    def __init__(self, net: nn.Module, channels_last: bool = True, settings: Settings | None = None) -> None:
+        self.forward_context = (settings or Settings()).forward_context
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.net = net.to(memory_format=self.layout).train()
         self.weights, self.alphas = self._parameters()
@@ -100,7 +112,7 @@ class Subject:
         self._optimizer(kind).zero_grad(set_to_none=True)
         with frozen(self.alphas if kind == "weight" else self.weights):
             self.sample(paths, kind)
-            with watch or nullcontext():
+            with watch or nullcontext(), self.forward_context():
                 loss = cross_entropy(self.net(x), labels)
             loss.backward()
         return loss.detach()
@@ -144,12 +156,13 @@ class Official(Subject):
     """The official supernet (search/models/super_nets/super_proxyless.py of mit-han-lab/proxylessnas), from a clone.
 
     Arch steps run in its default mode "full_v2", or in "two". Its active Zero skips the whole block: such an op is not
-    probed and its alpha gets no gradient, which the gate allows and which makes its arch steps a little shorter.
+    probed and its alpha gets no gradient, which the gate allows and which makes its arch steps a little shorter. It
+    probes in backward by calling modules, which therefore runs under autocast too where there is one.
     """
 
     def __init__(self, settings: Settings, channels_last: bool) -> None:
         self._module = _official_module(settings.official)
-        super().__init__(self._build(settings), channels_last)
+        super().__init__(self._build(settings).to(settings.device), channels_last, settings)
         self.edges = self.net.redundant_modules
 
     def _build(self, settings: Settings) -> nn.Module:
@@ -190,10 +203,11 @@ class Official(Subject):
     ) -> Tensor:
         self.sample(paths, kind)
         self.net.unused_modules_off()
-        with watch or nullcontext():
-            loss = cross_entropy(self.net(x), labels)
-        self.net.zero_grad()
-        loss.backward()
+        with self.forward_context():
+            with watch or nullcontext():
+                loss = cross_entropy(self.net(x), labels)
+            self.net.zero_grad()
+            loss.backward()
         if kind != "weight":
             # It takes the missing gate gradient of an active Zero for a module without gates, and prints so.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -261,7 +275,7 @@ class Baseline:
     """An entry of the registry.
 
     build: makes the subject. block: makes of an MBConv or ConvLayer what this baseline runs, where its blocks are its
-    own. official: needs a clone. slow: left out unless named.
+    own. official: needs a clone. slow: left out unless named. gpu: runs on a GPU only (benchmarks/gpu.py).
     """
 
     name: str
@@ -271,6 +285,7 @@ class Baseline:
     channels_last: bool = True
     official: bool = False
     slow: bool = False
+    gpu: bool = False
 
     @property
     def peer(self) -> bool:
@@ -288,12 +303,17 @@ def register(baseline: Baseline) -> None:
 
 def _register_own(
     name: str, description: str, change: Callable[[nn.Module], nn.Module], channels_last: bool = True,
-    subject: type[Subject] = Subject, blocks: bool = True, slow: bool = False,
+    subject: type[Subject] = Subject, blocks: bool = True, slow: bool = False, gpu: bool = False,
 ) -> None:  # fmt: skip
     def build(settings: Settings) -> Subject:
-        return subject(change(settings.net()), channels_last)
+        return subject(change(settings.net()), channels_last, settings)
 
-    register(Baseline(name, description, build, change if blocks else None, channels_last, slow=slow))
+    register(Baseline(name, description, build, change if blocks else None, channels_last, slow=slow, gpu=gpu))
+
+
+def _graphed(net: nn.Module) -> nn.Module:
+    pf.set_graphs(net)
+    return net
 
 
 _off = functools.partial(_policy, policy="off")
@@ -301,6 +321,10 @@ _lean = functools.partial(_policy, policy="lean")
 
 _register_own("ours", "this project as it comes, channels_last", lambda net: net)
 _register_own("ours-lean", 'this project with policy "lean", channels_last', _lean)
+_register_own(
+    "ours-graphed", "this project with CUDA graphs, replayed by path, channels_last; on a GPU", _graphed, blocks=False,
+    gpu=True,
+)  # fmt: skip
 _register_own("generic-nchw", "this project's generic path (PyTorch layers), NCHW", _off, channels_last=False)
 _register_own("generic", "this project's generic path (PyTorch layers), channels_last", _off)
 _register_own("compiled-nchw", "the generic path, each candidate under torch.compile, NCHW", _compile, False, slow=True)

@@ -41,7 +41,7 @@ class Definition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = torch.softmax(self.alpha[self.gated], 0)
-        one_hot = torch.tensor([float(j == self.active) for j in self.gated], dtype=p.dtype)
+        one_hot = torch.tensor([float(j == self.active) for j in self.gated], dtype=p.dtype, device=p.device)
         gates = p if self.weighted else one_hot + p - p.detach()
         total = x.new_zeros(())
         for gate, j in zip(gates, self.gated, strict=True):

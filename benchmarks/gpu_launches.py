@@ -99,6 +99,12 @@ def recording(arch: int = 90) -> Iterator[list[Launch]]:
         yield launches
 
 
+def _values(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Normal random numbers, where there is something to hold them."""
+    empty = torch.empty(shape, dtype=dtype, device=device)
+    return empty if device == "meta" else empty.normal_()
+
+
 @dataclass(frozen=True)
 class Shape:
     """A candidate MBConv at its place in a network."""
@@ -123,22 +129,22 @@ class Shape:
         return (self.size - 1) // self.stride + 1
 
     def params(self, dtype: torch.dtype = torch.float32, device: str = "meta") -> list[Tensor]:
-        def norm(c: int) -> list[Tensor]:
-            return [torch.empty(c, dtype=dtype, device=device) for _ in range(2)]
+        wide, narrow = [(self.ch,)] * 2, [(self.co,)] * 2
+        shapes = [(self.ch, self.ci, 1, 1), *wide] if self.expand > 1 else []
+        shapes += [(self.ch, 1, self.kernel, self.kernel), *wide, (self.co, self.ch, 1, 1), *narrow]
+        return [_values(shape, dtype, device) for shape in shapes]
 
-        def weight(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+    def running(self, device: str = "meta") -> list[Tensor]:
+        """Mean and variance buffers of the norms."""
+        widths = [self.ch] * (2 if self.expand > 1 else 1) + [self.co]
+        return [_values((c,), torch.float32, device) for c in widths for _ in range(2)]
 
-        first = [weight(self.ch, self.ci, 1, 1), *norm(self.ch)] if self.expand > 1 else []
-        depthwise = [weight(self.ch, 1, self.kernel, self.kernel), *norm(self.ch)]
-        return [*first, *depthwise, weight(self.co, self.ch, 1, 1), *norm(self.co)]
+    def x(self, dtype: torch.dtype, device: str = "meta") -> Tensor:
+        return _values((self.batch, self.size, self.size, self.ci), dtype, device).permute(0, 3, 1, 2)
 
-    def x(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.batch, self.size, self.size, self.ci, dtype=dtype, device="meta").permute(0, 3, 1, 2)
-
-    def output(self, dtype: torch.dtype) -> Tensor:
+    def output(self, dtype: torch.dtype, device: str = "meta") -> Tensor:
         out = (self.size - 1) // self.stride + 1
-        return torch.empty(self.batch, out, out, self.co, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+        return _values((self.batch, out, out, self.co), dtype, device).permute(0, 3, 1, 2)
 
 
 def imagenet(batch: int) -> list[Shape]:
@@ -174,8 +180,8 @@ def backward(shape: Shape, dtype: torch.dtype, policy: str, weights: bool) -> No
 
 def running(shape: Shape, statistics: Tensor) -> None:
     """The running statistics of a block's norms move."""
-    buffers = [torch.empty_like(p) for p in shape.params()[1::3] for _ in range(2)]
-    compose.update_running(statistics, buffers, shape.batch * shape.size**2, shape.batch * shape.out**2, 0.1)
+    pixels = shape.batch * shape.size**2, shape.batch * shape.out**2
+    compose.update_running(statistics, shape.running(), *pixels, 0.1)
 
 
 def gate(shape: Shape, dtype: torch.dtype) -> None:
@@ -188,7 +194,7 @@ def probe(shapes: list[Shape], dtype: torch.dtype) -> None:
     """The inactive candidates of a layer, which share x (and its Gram matrix, already known)."""
     ci = shapes[0].ci
     params = [s.params() for s in shapes]
-    buffers = [torch.empty_like(p) for own in params for p in own[1::3] for _ in range(2)]
+    buffers = [t for shape in shapes for t in shape.running()]
     mean, cov = torch.empty(ci, device="meta"), torch.empty(ci, ci, device="meta")
     compose.mbconv_probe(
         shapes[0].x(dtype), shapes[0].output(dtype), [t for p in params for t in p], buffers, [len(p) for p in params],

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -30,14 +30,14 @@ class Card:
     """Peak rates, dense: bytes/s of memory, FLOP/s of bf16 matrix products and of float32 without tensor cores."""
 
     name: str
-    arch: int
     memory: float
     half: float
     single: float
+    arch: int = 90
 
 
 # NVIDIA's data sheets: "A100 80GB SXM" (2021) and "H100 SXM" (2023), the figures without sparsity.
-CARDS = (Card("A100", 80, 2.039e12, 312e12, 19.5e12), Card("H100", 90, 3.35e12, 989e12, 67e12))
+CARDS = (Card("A100", 2.039e12, 312e12, 19.5e12, 80), Card("H100", 3.35e12, 989e12, 67e12, 90))
 
 _FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "split", "split_with_sizes", "unbind"),
@@ -68,6 +68,7 @@ class Count(TorchDispatchMode):
     """Collects the PyTorch calls made inside."""
 
     passes: list[Pass] = field(default_factory=list)
+    partial_sums: ClassVar[bool] = True  # of the C++ ops' blocks, too: at most, since how many there are is theirs
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "proxyless_fast" and "depthwise" in name:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            self.passes.append(_stencil_pass(name, named, out))
+            self.passes.append(_stencil_pass(name, named, out, self.partial_sums))
         if func.namespace != "aten" or name in _FREE:
             return out
         moved, flops = nbytes(args) + nbytes(out), 0
@@ -111,18 +112,16 @@ def halo(height: int, width: int, kernel: int, stride: int) -> float:
     return axis(height) * axis(width)
 
 
-def _stencil_pass(name: str, args: dict[str, Any], out: Any) -> Pass:
-    """A CUDA C++ op. Its blocks' partial sums are written and read once more, for as many blocks as there may be."""
+def _stencil_pass(name: str, args: dict[str, Any], out: Any, partial_sums: bool) -> Pass:
+    """A CUDA C++ op. With its partial sums, written and read once, for as many blocks as there may be."""
     forward, weight, x = "forward" in name, args["weight"], args["x"]
     taps, chunk = weight[0].numel(), 64 // x.element_size()
     moved = nbytes(list(args.values())) + nbytes(out)
     gradients = 1 if forward or isinstance(out, Tensor) else 2
     if not forward and gradients == 1:
         moved -= nbytes(x)  # without mask only its shape is used
-    elif forward:
-        moved += 2 * 4 * 1024 * 3 * chunk
-    else:
-        moved += 2 * 4 * 512 * taps * chunk
+    elif partial_sums:
+        moved += 2 * 4 * chunk * (1024 * 3 if forward else 512 * taps)
     outputs, products = (out[0] if forward else args["dz"]).numel(), 0
     if "w1" in args:
         again = halo(*x.shape[2:], weight.shape[-1], args["stride"]) if forward else 1.0

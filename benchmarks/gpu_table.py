@@ -50,6 +50,8 @@ def variant(launched: Launch) -> str:
     words += [f"{c['K']}x{c['K']}"] if "K" in c else []
     if launched.name.endswith("_backward"):
         words += [name for name in ("dx", "dweight") if args.get(name) is not None]
+    if launched.name == "depthwise" and args["partial"] is not None:
+        words.append("with moments")
     if launched.name == "depthwise_backward" and args["partial"] is not None:
         words.append("taps too")
     return " ".join(words)

@@ -119,7 +119,9 @@ def _baselines(options: argparse.ArgumentParser, args: argparse.Namespace) -> li
     if args.official is not None and not (Path(args.official) / "search/models/super_nets").is_dir():
         options.error(f"argument --official: {args.official!r} holds no search/models/super_nets of proxylessnas")
     possible = {
-        name: b for name, b in BASELINES.items() if not b.official or (args.official and args.space == "mobile")
+        name: b
+        for name, b in BASELINES.items()
+        if not b.gpu and (not b.official or (args.official and args.space == "mobile"))
     }
     if args.baselines is None:
         return [name for name, baseline in possible.items() if not baseline.slow]
@@ -127,7 +129,8 @@ def _baselines(options: argparse.ArgumentParser, args: argparse.Namespace) -> li
         return list(possible)
     for name in args.baselines:
         if name not in possible:
-            options.error(f"argument --baselines: {name} needs --official PATH and --space mobile")
+            needs = "a GPU and benchmarks/gpu.py" if BASELINES[name].gpu else "--official PATH and --space mobile"
+            options.error(f"argument --baselines: {name} needs {needs}")
     return list(dict.fromkeys(args.baselines))
 
 

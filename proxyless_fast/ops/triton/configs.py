@@ -1,15 +1,18 @@
-"""Block sizes, warps and pipeline stages per architecture, kernel, element size and width: a table, nothing tuned here.
+"""Block sizes, warps and pipeline stages per architecture, kernel, element size and width, from a table of rows.
 
-Chosen by the compiler's report (`benchmarks/gpu_table.py`: no spills, enough programs on a multiprocessor); not yet
-measured on hardware. A row serves widths up to its first number, and the first row that fits is taken.
+The rows are in table.py; nothing is tuned when a program runs. A row serves widths up to its limit, and the first row
+that fits is taken. How a reduction is cut into programs, and so every bit of its result, follows from the row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from . import table
 
 
 class Config(NamedTuple):
@@ -23,94 +26,31 @@ class Config(NamedTuple):
 
 WIDE = 1 << 30
 
-# The width is the padded number of channels that decides a tile's size: of the output for expand, project and
-# finish_input, of x for the Gram matrix and the backward of expand, of y for the backward of project.
-_HOPPER: dict[str, dict[str, list[tuple[int, Config]]]] = {
-    "gram": {
-        "half": [(32, Config({"BM": 128, "BC": 32}, 4, 3)), (WIDE, Config({"BM": 64, "BC": 64}, 4, 3))],
-        "float": [(WIDE, Config({"BM": 32, "BC": 32}, 4, 2))],
-    },
-    "expand": {
-        "half": [
-            (64, Config({"BM": 128, "BN": 64, "BK": 64}, 8, 2)),
-            (WIDE, Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3)),
-        ],
-        "float": [(WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 8, 2))],
-    },
-    "depthwise": {
-        "half": [(WIDE, Config({"BM": 32, "BC": 64}, 4, 1))],
-        "float": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
-    },
-    "depthwise_backward": {
-        "half": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
-        "float": [(WIDE, Config({"BM": 16, "BC": 32}, 4, 1))],
-    },
-    "project": {
-        "half": [
-            (32, Config({"BM": 64, "BN": 32, "BK": 64}, 4, 3)),
-            (64, Config({"BM": 64, "BN": 64, "BK": 64}, 4, 3)),
-            (WIDE, Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3)),
-        ],
-        "float": [
-            (32, Config({"BM": 64, "BN": 32, "BK": 16}, 4, 2)),
-            (WIDE, Config({"BM": 64, "BN": 64, "BK": 16}, 8, 2)),
-        ],
-    },
-    "project_backward": {
-        "half": [
-            (256, Config({"BM": 64, "BC": 64}, 8, 2)),
-            (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
-        ],
-        "float": [
-            (128, Config({"BM": 32, "BC": 32}, 8, 2)),
-            (256, Config({"BM": 16, "BC": 32}, 8, 1)),
-            (WIDE, Config({"BM": 16, "BC": 16}, 8, 1)),
-        ],
-    },
-    "expand_once": {
-        "half": [(WIDE, Config({"BM": 32, "BC": 64}, 8, 2))],
-        "float": [(WIDE, Config({"BM": 16, "BC": 64}, 8, 1))],
-    },
-    "expand_weight": {
-        "half": [
-            (64, Config({"BM": 64, "BC": 64}, 8, 2)),
-            (256, Config({"BM": 32, "BC": 64}, 8, 2)),
-            (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
-        ],
-        "float": [
-            (64, Config({"BM": 32, "BC": 32}, 4, 2)),
-        ],
-    },
-    "expand_input": {
-        "half": [
-            (128, Config({"BM": 64, "BC": 64}, 8, 2)),
-            (256, Config({"BM": 32, "BC": 64}, 8, 2)),
-            (WIDE, Config({"BM": 32, "BC": 32}, 8, 2)),
-        ],
-        "float": [(128, Config({"BM": 32, "BC": 16}, 8, 1)), (WIDE, Config({"BM": 16, "BC": 16}, 8, 1))],
-    },
-    "finish_input": {
-        "half": [(WIDE, Config({"BM": 64, "BN": 64, "BK": 64}, 4, 2))],
-        "float": [(WIDE, Config({"BM": 64, "BN": 32, "BK": 16}, 4, 2))],
-    },
-    "rows": {  # narrow passes without a product
-        "half": [(64, Config({"BM": 64}, 4, 2)), (256, Config({"BM": 16}, 4, 2)), (WIDE, Config({"BM": 8}, 4, 2))],
-        "float": [(64, Config({"BM": 64}, 4, 2)), (256, Config({"BM": 16}, 4, 2)), (WIDE, Config({"BM": 8}, 4, 2))],
-    },
-}
+# Rows by architecture, kernel ("rows": narrow passes without a product), and "half" or "float" operands. The width is
+# the padded number of channels that decides a tile's size: of the output for expand, project and finish_input, of x for
+# the Gram matrix and the backward of expand, of y for the backward of project.
+Table = dict[int, dict[str, dict[str, list[tuple[int, Config]]]]]
 
-# Where Ampere differs: its products keep more in registers.
-_AMPERE: dict[str, dict[str, list[tuple[int, Config]]]] = {
-    "project_backward": {
-        "half": [
-            (128, Config({"BM": 64, "BC": 64}, 8, 2)),
-            (WIDE, Config({"BM": 16, "BC": 64}, 8, 2)),
-        ],
-        "float": _HOPPER["project_backward"]["float"],
-    },
-}
 
-TABLE = {80: _HOPPER | _AMPERE, 90: _HOPPER}
+def table_of(rows: Iterable[table.Row]) -> Table:
+    """`rows` by architecture, kernel and operands.
+
+    What an architecture has no rows for is as on the next older one; what the oldest has none for is as on sm_90.
+    """
+    found: Table = {}
+    for arch, kernel, operands, limit, tile, warps, stages, programs in rows:
+        here = found.setdefault(arch, {}).setdefault(kernel, {}).setdefault(operands, [])
+        here.append((WIDE if limit is None else limit, Config(tile, warps, stages, programs)))
+    older = 90
+    for arch in sorted(found):
+        for kernel, by_operands in found[older].items():
+            for operands, listed in by_operands.items():
+                found[arch].setdefault(kernel, {}).setdefault(operands, listed)
+        older = arch
+    return found
+
+
+TABLE = table_of(table.ROWS)
 
 
 @cache
@@ -127,9 +67,14 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def operands(dtype: torch.dtype) -> str:
+    """Which rows serve x's dtype."""
+    return "float" if dtype == torch.float32 else "half"
+
+
 def config(kernel: str, dtype: torch.dtype, width: int, arch: int = 90, **at_most: int) -> Config:
     """The table's row for `kernel`; a block size named in `at_most` is cut to the padding of that many channels."""
-    rows = TABLE[arch][kernel]["float" if dtype == torch.float32 else "half"]
+    rows = TABLE[arch][kernel][operands(dtype)]
     found = next(row for limit, row in rows if padded(width) <= limit)
     tile = {k: min(v, padded(at_most[k])) if k in at_most else v for k, v in found.tile.items()}
     return found._replace(tile=tile)

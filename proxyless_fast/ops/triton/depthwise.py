@@ -61,7 +61,7 @@ def depthwise_backward(dz, d, affine, taps, e, de, partial, pixels, rows, height
                        BM: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """Both gradients in one pass, BN2's backward applied to (dz, d) as they are read.
 
-    de (B, height, width, C): the input's. partial, where it is given, (programs, C, K * K): the taps', summed over
+    de (B, height, width, C): the input's. partial, where it is given, (programs, K * K, C): the taps', summed over
     `rows` input pixels each; tap k of input pixel p meets the same output pixel in both. BT covers K * K.
     """
     program = tl.program_id(0)
@@ -109,5 +109,5 @@ def depthwise_backward(dz, d, affine, taps, e, de, partial, pixels, rows, height
                     dw += tl.where(tap[:, None] == ky * K + kx, tl.sum(dd * et, 0)[None, :], 0.0)
         tl.store(de + at, acc.to(de.dtype.element_ty), mask=here)
     if partial is not None:
-        at = partial + program * (K * K * C) + tap[:, None] + c[None, :] * (K * K)
+        at = partial + program * (K * K * C) + tap[:, None] * C + c[None, :]
         tl.store(at, dw, mask=(tap < K * K)[:, None] & inside[None, :])

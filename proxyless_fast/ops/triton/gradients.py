@@ -144,12 +144,12 @@ def _depthwise(
     programs = -(-block.pixels // rows)
     if e is not None:
         rows, programs = launch.split(block.pixels, cfg, columns, least=16 * k * k)
-        partial = block.empty(programs, block.ch, k * k, dtype=torch.float32)
+        partial = block.empty(programs, k * k, block.ch, dtype=torch.float32)
     launch.run(
         dw.depthwise_backward, (programs, columns), cfg, dz, d, affine2, taps, e, de, partial, block.pixels,
         rows, *block.size[1:], C=block.ch, K=k, STRIDE=block.stride, TRAINING=training, BT=padded(k * k),
     )  # fmt: skip
-    return de, None if partial is None else partial.sum(0)
+    return de, None if partial is None else partial.sum(0).t()
 
 
 def _depthwise_stencil(
