@@ -59,6 +59,8 @@ class Launch:
             if isinstance(value, Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
+            elif self.kernel.params[i].do_not_specialize and value is not None:
+                signature[name], aligned = "i32", False
             elif isinstance(value, int) and value != 1 and not self.kernel.params[i].is_constexpr:
                 signature[name] = "i32"
                 aligned = value % 16 == 0

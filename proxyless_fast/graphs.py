@@ -5,16 +5,18 @@ forward, or of its backward, and is one launch itself. Which path is active is d
 weights, the alphas and the running statistics are data, read where they lie.
 
 Memory. The graphs of one mixed op share a pool, because only one of its candidates is between forward and backward at a
-time: it holds what the largest of them needs. All backward passes share one pool, because none outlives its replay. So
-a net costs about what one path costs in eager mode, and the scratch space of each op's forward.
+time: it holds what the largest of them needs, or half as much again where smaller ones were recorded first. All
+backward passes share one pool, because none outlives its replay. So a net costs about what one path costs in eager
+mode, and the scratch space of each op's forward.
 
 Not yet run on a GPU: the tests replay by running again, on the CPU, into the same memory.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -44,33 +46,57 @@ class Recorder(Protocol):
         """Where to run once, for real, what will be recorded, and where to record it."""
 
 
+class _Pool:
+    """A private pool of torch's allocator, which lives as long as a graph in it does: so all are kept."""
+
+    def __init__(self) -> None:
+        self.handle, self.graphs = torch.cuda.graph_pool_handle(), list[torch.cuda.CUDAGraph]()
+
+
 class Cuda:
-    """Records on a stream of its own, into private pools of torch's allocator."""
+    """Records on a stream of its own, into private pools of torch's allocator. gpu: with its index."""
 
     device = "cuda"
 
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+    def __init__(self, gpu: torch.device) -> None:
+        backend = torch.cuda.get_allocator_backend()
+        if backend != "native":
+            raise ValueError(
+                f"set_graphs: torch's allocator is {backend!r}, expected 'native', whose pools graphs share"
+            )
+        self.gpu, self.stream = gpu, torch.cuda.Stream(gpu)
 
-    def pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
+    def pool(self) -> _Pool:
+        return _Pool()
 
     @contextmanager
     def warm(self) -> Iterator[None]:
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
-
-    def record(self, run: Run, pool: Any) -> tuple[list[Tensor], Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # A loader's thread may pin memory meanwhile; that must not spoil the recording.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        self.stream.wait_stream(torch.cuda.current_stream(self.gpu))
         try:
-            results = run()
+            with torch.cuda.stream(self.stream):
+                yield
         finally:
+            torch.cuda.current_stream(self.gpu).wait_stream(self.stream)
+
+    def record(self, run: Run, pool: _Pool) -> tuple[list[Tensor], Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.gpu)
+        torch.cuda.empty_cache()  # a recording cannot take back what the warm-up left in the cache
+        try:
+            # A loader's thread may pin memory meanwhile; that must not spoil the recording.
+            graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            try:
+                results = run()
+            except BaseException:
+                with suppress(RuntimeError):  # it would hide what went wrong
+                    graph.capture_end()
+                raise
             graph.capture_end()
+        except BaseException:
+            if not pool.graphs:
+                pool.handle = torch.cuda.graph_pool_handle()
+            raise
+        pool.graphs.append(graph)
         return [_borrowed(result) for result in results], graph.replay
 
 
@@ -92,16 +118,16 @@ def set_graphs(net: nn.Module, enabled: bool = True, recorder: Recorder | None =
     A path is recorded when it is first sampled, with the shapes of that step; another shape, dtype or mode is recorded
     anew, and what no graph holds (`op.graphs.why_not(op, x)` says why) runs as before, with the same results. An op's
     output stays valid until the op runs again, and its backward must come before that: RuntimeError otherwise. Call it
-    again after changing the net's modules. Raises ValueError where the net has no MixedOp or is not on a GPU.
-    Not yet run on a GPU.
+    again after changing the net's modules. What cannot be recorded runs as before, after a warning that says why.
+    Raises ValueError where the net has no MixedOp or is not on a GPU. Not yet run on a GPU.
     """
     ops = mixed_ops(net)
     if not ops:
         raise ValueError(f"net: {type(net).__name__} has no MixedOp, expected at least one to replay")
-    device = next(iter(ops.values())).alpha.device.type
-    if enabled and recorder is None and device != "cuda":
-        raise ValueError(f"net: its parameters are on {device!r}, expected a GPU: CUDA graphs record nothing else")
-    shared = (recorder or Cuda()) if enabled else None
+    device = next(iter(ops.values())).alpha.device
+    if enabled and recorder is None and device.type != "cuda":
+        raise ValueError(f"net: its parameters are on '{device}', expected a GPU: CUDA graphs record nothing else")
+    shared = (recorder or Cuda(device)) if enabled else None
     backward = None if shared is None else shared.pool()
     for op in ops.values():
         op.graphs = None if shared is None else Graphs(op, shared, backward)
@@ -135,19 +161,38 @@ class Graphs:
         if path is None or (isinstance(path, _Path) and path.addresses != self.addresses(op)):
             reason = self._not_fused(op, x)
             with _unmoved(op):
-                path = self.paths[key] = reason or _Path(self, op, x, shortcut, wanted)
+                path = self.paths[key] = reason or self._record(op, x, shortcut, wanted)
         return None if isinstance(path, str) else _Replay.apply(self, path, x, *wanted)
+
+    def _record(self, op: MixedOp, x: Tensor, shortcut: bool, wanted: list[Tensor]) -> _Path | str:
+        try:
+            return _Path(self, op, x, shortcut, wanted)
+        except torch.OutOfMemoryError:  # for the caller, who may try a smaller batch
+            raise
+        except RuntimeError as error:
+            reason = f"recording failed: {str(error).partition(chr(10))[0]}"
+            warnings.warn(f"set_graphs: {op.label or type(op).__name__} runs without a graph; {reason}", stacklevel=4)
+            return reason
 
     def why_not(self, op: MixedOp, *args: Any, **kwargs: Any) -> str:
         """Why a call of the op with these arguments is not replayed, in words; empty if it is."""
-        return self._unfit(op, args, kwargs) or self._not_fused(op, args[0])
+        reason = self._unfit(op, args, kwargs)
+        if reason:
+            return reason
+        keys = (self._key(op, args[0], shortcut, self._wanted(op)) for shortcut in (False, True))
+        met = next((path for path in map(self.paths.get, keys) if isinstance(path, str)), "")
+        return met or self._not_fused(op, args[0])
 
     def _unfit(self, op: MixedOp, args: tuple, kwargs: dict) -> str:
         device = self.recorder.device
+        if torch.is_anomaly_enabled():
+            return "anomaly detection reads values on the host"
         if op.mode not in ("path", "full"):
             return f"the mode is {op.mode!r}, and paths of the modes 'path' and 'full' are recorded"
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].device.type != device:
-            return f"the op was not given one tensor on {device!r}"
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return "the op was not given one tensor"
+        if args[0].device.type != device or args[0].device != op.alpha.device:
+            return f"the tensor is on '{args[0].device}' and alpha on '{op.alpha.device}', not both on one {device!r}"
         if not torch.is_grad_enabled() or not (args[0].requires_grad or self._wanted(op)):
             return "nothing wants a gradient, and steps are recorded that have a backward"
         if torch.compiler.is_compiling():
@@ -211,13 +256,21 @@ def _unmoved(op: MixedOp) -> Iterator[None]:
             torch._foreach_copy_(buffers, before)
 
 
-def _run(op: MixedOp, x: Tensor, shortcut: bool) -> Tensor:
-    """The op without graphs."""
+def _run(op: MixedOp, x: Tensor, shortcut: bool, leaves: dict[int, Tensor]) -> Tensor:
+    """The op itself, without graphs and hooks, its parameters replaced by `leaves` (by id), which share their memory.
+
+    A parameter's own place in autograd has a stream and hooks of the user that have no business in a recording.
+    """
+    places = [(m._parameters, name, p) for m in op.modules() for name, p in m._parameters.items() if id(p) in leaves]
     graphs, op.graphs = op.graphs, None
     try:
-        return op.with_shortcut(x) if shortcut else op(x)
+        for parameters, name, p in places:
+            parameters[name] = leaves[id(p)]  # type: ignore[assignment]
+        return op.with_shortcut(x) if shortcut else MixedOp.forward(op, x)
     finally:
         op.graphs = graphs
+        for parameters, name, p in places:
+            parameters[name] = p
 
 
 class _Path:
@@ -228,17 +281,19 @@ class _Path:
         self.addresses = graphs.addresses(op)
         self.shapes = [t.shape for t in wanted]
         recorder = graphs.recorder
+        leaves = [t.detach().requires_grad_() for t in wanted]
+        by_id = {id(t): leaf for t, leaf in zip(wanted, leaves, strict=True)}
         root: list[Tensor] = []
 
         def forward() -> list[Tensor]:
             leaf = self.x.detach().requires_grad_(x.requires_grad)
-            root[:] = [_run(op, leaf, shortcut), leaf]
+            root[:] = [_run(op, leaf, shortcut, by_id), leaf]
             return [root[0].detach()]
 
         def backward() -> list[Tensor]:
             output, leaf = root
             root.clear()
-            sources = [leaf, *wanted] if leaf.requires_grad else wanted
+            sources = [leaf, *leaves] if leaf.requires_grad else leaves
             found = list(torch.autograd.grad(output, sources, self.grad, materialize_grads=True))
             dx = [found.pop(0)] if leaf.requires_grad else []
             # The rest in one piece, so that one copy makes it the caller's.

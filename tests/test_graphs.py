@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import proxyless_fast as pf
-from proxyless_fast.graphs import Cuda
 
 
 class Again:
@@ -201,6 +200,62 @@ def test_pruned_candidates_are_probed_no_more():
     assert op.alpha.grad[1] == 0
 
 
+def block(recorder):
+    op = pf.MixedOp({name: pf.candidate(name, 8, 8) for name in CANDIDATES})
+    pf.set_graphs(op, recorder=recorder)
+    op.activate(0)
+    return op, torch.randn(2, 8, 6, 6)
+
+
+def test_hooks_of_parameters_and_of_the_op_run_once():
+    """Not in the recording, where a parameter's place in autograd would also bring the stream of an older step."""
+    op, x = block(Again())
+    plain = copy.deepcopy(op)
+    for one in (op, plain):
+        for p in one.parameters():
+            p.register_hook(lambda g: 2 * g)
+        one.register_forward_hook(lambda module, args, output: 3 * output)
+        for _ in range(2):
+            one.zero_grad()
+            one(x).square().sum().backward()
+    for p, q in zip(op.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_what_cannot_be_recorded_runs_after_a_warning():
+    class Broken(Again):
+        def record(self, run, pool):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    op, x = block(Broken())
+    with pytest.warns(UserWarning, match="operation not permitted$"):
+        y = op(x)
+    assert torch.equal(y, op.candidates[0](x))
+    assert torch.equal(op(x), y)  # without trying again
+    assert "not permitted" in op.graphs.why_not(op, x)
+
+
+def test_out_of_memory_while_recording_is_the_callers():
+    class Full(Again):
+        full = True
+
+        def record(self, run, pool):
+            if self.full:
+                raise torch.OutOfMemoryError("no memory")
+            return super().record(run, pool)
+
+    recorder = Full()
+    op, x = block(recorder)
+    before = copy.deepcopy(op.state_dict())
+    with pytest.raises(torch.OutOfMemoryError):
+        op(x)
+    for name, value in op.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    recorder.full = False
+    op(x).sum().backward()
+    assert recorder.recorded == 2
+
+
 def hook(op, x):
     op.candidates[0].depth_conv.register_forward_hook(lambda *_: None)
 
@@ -275,9 +330,10 @@ def test_wrong_nets_are_refused(net, message):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuda_graphs_give_what_the_launches_give(dtype):
+def test_cuda_graphs_give_what_the_launches_give(dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain, net = supernet().cuda(), supernet().cuda()
-    pf.set_graphs(net, recorder=Cuda())
+    pf.set_graphs(net)
     for seed in range(12):
         data = tuple(t.cuda() for t in batch(seed))
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):

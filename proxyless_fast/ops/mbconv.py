@@ -97,7 +97,7 @@ def can_run_mbconv(
     if params[0].shape[1:] != (x.shape[1], 1, 1) if len(params) == 9 else channels != x.shape[1]:
         return False, f"the first convolution does not take the {x.shape[1]} channels of x"
     if x.device.type == "cuda":
-        return gpu.can_run(_autocast(x), x.shape[1], params[-3].shape[0], activation)
+        return gpu.can_run(_autocast(x[:0]), x.shape[1], params[-3].shape[0], activation)
     return True, ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch import Tensor
 OPS = ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "norm_dot", "update_running")
 ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")
 WIDEST = 512  # channels of x and of y: a program holds all of them
+WIDEST_OUTPUT = 256  # of y, on GPUs with the 99 KiB of shared memory of compute capability 8.6, 8.9 and 12.0
+
+
+def has_little_shared_memory(device: torch.device | int) -> bool:
+    """Whether a thread block has less than the 163 KiB of an A100 there."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
+    return properties.shared_memory_per_block_optin < 163 << 10
 
 
 def can_run(x: Tensor, in_channels: int, out_channels: int, activation: str) -> tuple[bool, str]:
@@ -27,6 +35,8 @@ def can_run(x: Tensor, in_channels: int, out_channels: int, activation: str) -> 
         return False, "Triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] < 8:
         return False, f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    if out_channels > WIDEST_OUTPUT and has_little_shared_memory(x.device):
+        return False, f"the block has {out_channels} outputs, and this GPU's shared memory has room for {WIDEST_OUTPUT}"
     return True, ""
 
 

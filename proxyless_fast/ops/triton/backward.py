@@ -7,10 +7,10 @@ product's result instead of being repeated in each, and sums over pixels can be 
 import triton
 import triton.language as tl
 
-from .common import activate, load_affine, load_norm, through
+from .common import activate, kernel, load_affine, load_norm, through
 
 
-@triton.jit
+@kernel
 def project_backward(d, norm2, grad, y, affine3, weight, dz, partial, dweight, pixels, rows, CH: tl.constexpr,
                      CO: tl.constexpr, ACT: tl.constexpr, TRAINING: tl.constexpr, FIRST: tl.constexpr,
                      PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -78,7 +78,7 @@ def masked_gradient(de, x, w, r, c, live, inside, m1, s1, b1, CH: tl.constexpr, 
     return through(g, u * s1[:, None] + b1[:, None], ACT), u
 
 
-@triton.jit
+@kernel
 def expand_backward(de, x, mean_x, weight, norm1, dx, partial, dweight, pixels, rows, CI: tl.constexpr,
                     CH: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
                     BC: tl.constexpr):  # fmt: skip
@@ -131,7 +131,7 @@ def expand_backward(de, x, mean_x, weight, norm1, dx, partial, dweight, pixels, 
         tl.store(at, a, mask=inside[:, None] & inside_i[None, :])
 
 
-@triton.jit
+@kernel
 def expand_input(de, x, weight, norm1, dx, partial, kept, pixels, CI: tl.constexpr, CH: tl.constexpr,
                  ACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
                  BC: tl.constexpr):  # fmt: skip
@@ -167,7 +167,7 @@ def expand_input(de, x, weight, norm1, dx, partial, kept, pixels, CI: tl.constex
     tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=narrow)
 
 
-@triton.jit
+@kernel
 def finish_input(parts, x, mean_x, correction, constant, shortcut, dx, pixels, CI: tl.constexpr, PARTS: tl.constexpr,
                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """dx = sum of parts - (x - mean_x) correction - constant + shortcut: one narrow pass.

@@ -6,8 +6,18 @@ that the compiler sees which accesses are 16 bytes wide; the number of pixels is
 A batch norm comes to a kernel as `norm`, float32 (4, C): mean, 1 / sqrt(var + eps), gamma / sqrt(var + eps), beta.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
+
+# Sizes that differ from batch to batch: a kernel is the same for all of them, also where one is 1 or a multiple of 16.
+# What is read 16 bytes at a time follows from channels, which are compiled in.
+SIZES = (
+    "pixels", "pixels_in", "pixels_out", "rows", "tiles", "programs", "group", "groups", "height", "width",
+    "out_height", "out_width",
+)  # fmt: skip
+kernel = partial(triton.jit, do_not_specialize=SIZES)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import table
+from . import has_little_shared_memory, table
 
 
 class Config(NamedTuple):
@@ -55,11 +55,17 @@ TABLE = table_of(table.ROWS)
 
 @cache
 def architecture(index: int) -> int:
-    """The row of TABLE for CUDA device `index`: the newest architecture that is not newer than the device."""
+    """The row of TABLE for CUDA device `index`: the newest architecture that is not newer than the device.
+
+    The tiles of data-centre GPUs from sm_90 on do not fit where shared memory is little.
+    """
     if torch.version.hip is not None:
         return 80
     major, minor = torch.cuda.get_device_capability(index)
-    return max([row for row in TABLE if row <= 10 * major + minor], default=80)
+    rows = [row for row in TABLE if row <= 10 * major + minor]
+    if has_little_shared_memory(index):
+        rows = [row for row in rows if not 90 <= row < 120]
+    return max(rows, default=80)
 
 
 def padded(channels: int) -> int:

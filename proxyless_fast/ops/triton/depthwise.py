@@ -3,15 +3,14 @@
 Where the CUDA C++ part is built, its stencils do this job; these kernels make the Triton path whole without it.
 """
 
-import triton
 import triton.language as tl
 
-from .common import load_affine, merge_moments, tile_moments
+from .common import kernel, load_affine, merge_moments, tile_moments
 
 # Loops over the rows of a kernel stay loops: unrolled, the loads of all 49 taps would be in flight at once and spill.
 
 
-@triton.jit
+@kernel
 def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_width, E_STRIDE: tl.constexpr,
               D_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
               BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -55,7 +54,7 @@ def depthwise(e, taps, d, partial, pixels, rows, height, width, out_height, out_
         tl.store(partial + program * 2 * P_STRIDE + P_STRIDE + c, m2, mask=inside)
 
 
-@triton.jit
+@kernel
 def depthwise_backward(dz, d, affine, taps, e, de, partial, pixels, rows, height, width, out_height, out_width,
                        C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr,
                        BM: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):  # fmt: skip

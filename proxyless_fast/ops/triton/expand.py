@@ -1,12 +1,11 @@
 """Expand: e = act(BN1(x W1^T)), the batch norm known beforehand from the Gram matrix of x."""
 
-import triton
 import triton.language as tl
 
-from .common import activate, load_norm
+from .common import activate, kernel, load_norm
 
 
-@triton.jit
+@kernel
 def expand(x, weight, norm, e, pixels, CI: tl.constexpr, CH: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """x (pixels, CI), weight (CH, CI), norm (4, CH) to e (pixels, CH).

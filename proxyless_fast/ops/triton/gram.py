@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import write_norm
+from .common import kernel, write_norm
 
 SPREAD: tl.constexpr = tl.constexpr(64)  # rows of x whose mean is the pivot
 
@@ -19,7 +19,7 @@ def pivot_of(x, c, inside, pixels, C: tl.constexpr):
     return tl.sum(v, 0) / tl.sum(live.to(tl.float32), 0)
 
 
-@triton.jit
+@kernel
 def gram_partial(x, sums, seconds, pixels, rows, C: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
                  BC: tl.constexpr):  # fmt: skip
     """About the pivot: sums (programs, C) and second moments (programs, C, C), upper tiles, of `rows` rows each.
@@ -54,7 +54,7 @@ def gram_partial(x, sums, seconds, pixels, rows, C: tl.constexpr, PRECISION: tl.
     tl.store(at, second, mask=inside_i[:, None] & inside_j[None, :])
 
 
-@triton.jit
+@kernel
 def gram_finish(x, sums, seconds, mean, cov, programs, pixels, C: tl.constexpr, BT: tl.constexpr,
                 BC: tl.constexpr):  # fmt: skip
     """mean (C,) and covariance (C, C) from the partial sums, in float64 before they are stored; one row per program."""
@@ -89,7 +89,7 @@ def times_cov(weight, cov, c, i, inside, inside_i, CI: tl.constexpr, WIDE: tl.co
     return acc
 
 
-@triton.jit
+@kernel
 def expand_moments(weight, mean, cov, gamma, beta, statistics, norm, EPS: tl.constexpr, CI: tl.constexpr,
                    CH: tl.constexpr, WIDE: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """BN1 before anything is expanded: mean W mean(x), variance diag(W cov(x) W^T). BI covers CI.
@@ -109,7 +109,7 @@ def expand_moments(weight, mean, cov, gamma, beta, statistics, norm, EPS: tl.con
     write_norm(m, var, gamma, beta, norm, c, inside, EPS, CH)
 
 
-@triton.jit
+@kernel
 def expand_correction(weight, norm1, dgamma, dbeta, correction, constant, pixels, CI: tl.constexpr, CH: tl.constexpr,
                       BI: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """What BN1's statistics take back from dX: correction (CI, CI) = W^T diag(a) W and constant (CI,) = b W.
@@ -138,7 +138,7 @@ def expand_correction(weight, norm1, dgamma, dbeta, correction, constant, pixels
         tl.store(constant + o, total, mask=inside_o)
 
 
-@triton.jit
+@kernel
 def finish_weight(total, weight, cov, norm1, dgamma, dweight, CI: tl.constexpr, CH: tl.constexpr,
                   TRAINING: tl.constexpr, WIDE: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """dW1 = scale (A - dgamma / std W cov(x)), total being A (CH, CI) about the mean of x. BI covers CI."""

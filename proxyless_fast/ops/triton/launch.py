@@ -24,7 +24,9 @@ def config(kernel: str, x: Tensor, width: int, **at_most: int) -> Config:
 
 def precision(dtype: torch.dtype) -> str:
     """How a product of float32 operands rounds them: not at all, unless torch was told that tf32 is welcome."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not `allow_tf32`: reading it is an error once the newer setting was used; this one follows both.
+    welcome = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and welcome else "ieee"
 
 
 def split(pixels: int, config: Config, columns: int = 1, least: int = 1) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import write_norm
+from .common import kernel, write_norm
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def combine_products(partial, mean, c, inside, tiles, STRIDE: tl.constexpr, C: t
     return sum_g, sum_yg
 
 
-@triton.jit
+@kernel
 def merge_partials(partial, merged, tiles, pixels, rows, group, groups, PARTS: tl.constexpr, C: tl.constexpr,
                    BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """partial (candidates, tiles, PARTS, C) to merged (candidates, groups, PARTS, C): `group` tiles become one.
@@ -74,7 +74,7 @@ def merge_partials(partial, merged, tiles, pixels, rows, group, groups, PARTS: t
         tl.store(at + 3 * C, sum_yg.to(tl.float32), mask=inside)
 
 
-@triton.jit
+@kernel
 def finish_moments(partial, gamma, beta, statistics, norm, tiles, pixels, rows, EPS: tl.constexpr, C: tl.constexpr,
                    BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """statistics, float64 (2, C): mean and biased variance; norm, float32 (4, C), from partial (tiles, 2, C)."""
@@ -86,7 +86,7 @@ def finish_moments(partial, gamma, beta, statistics, norm, tiles, pixels, rows, 
     write_norm(mean, var, gamma, beta, norm, c, inside, EPS, C)
 
 
-@triton.jit
+@kernel
 def norm_from(mean, var, gamma, beta, statistics, norm, EPS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
     """`finish_moments` where mean and variance (C,) are already there; statistics may be absent."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -99,7 +99,7 @@ def norm_from(mean, var, gamma, beta, statistics, norm, EPS: tl.constexpr, C: tl
     write_norm(m, v, gamma, beta, norm, c, inside, EPS, C)
 
 
-@triton.jit
+@kernel
 def norms_of_block(statistics, gamma1, beta1, gamma2, beta2, gamma3, beta3, norm1, norm2, norm3, EPS: tl.constexpr,
                    CH: tl.constexpr, CO: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """All norms of a block from its statistics: mean and variance of each, in order. Grid: (blocks, 3)."""
@@ -134,7 +134,7 @@ def move_running(mean, var, running_mean, running_var, c, inside, pixels, MOMENT
     tl.store(running_var + c, (old + (new - old) * MOMENTUM).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@kernel
 def update_running(mean1, var1, running_mean1, running_var1, mean2, var2, running_mean2, running_var2, mean3, var3,
                    running_mean3, running_var3, pixels_in, pixels_out, MOMENTUM: tl.constexpr, CH: tl.constexpr,
                    CO: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -151,7 +151,7 @@ def update_running(mean1, var1, running_mean1, running_var1, mean2, var2, runnin
         move_running(mean3, var3, running_mean3, running_var3, c, c < CO, pixels_out, MOMENTUM)
 
 
-@triton.jit
+@kernel
 def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAINING: tl.constexpr, C: tl.constexpr,
                     BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """A batch norm's backward from partial (tiles, 2, C): sums of g and of g (v - mean).
@@ -184,7 +184,7 @@ def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAININ
     tl.store(affine + 3 * C + c, t.to(tl.float32), mask=inside)
 
 
-@triton.jit
+@kernel
 def normalise(y, norm, shortcut, out, pixels, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """out = BN(y) + shortcut, which may be absent: rows x channels, one narrow pass."""
     first = tl.program_id(0).to(tl.int64) * BM
@@ -202,7 +202,7 @@ def normalise(y, norm, shortcut, out, pixels, C: tl.constexpr, BM: tl.constexpr,
     tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@kernel
 def pair_sums(g, v, mean, partial, pixels, rows, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """partial (programs, 2, C): sums of g and of g (v - mean) over `rows` rows each, mean (C,) taken as float32.
 

@@ -1,12 +1,12 @@
 """Second stages of the gate gradients: of all candidates of a probe, and of the active path from its own y."""
 
-import triton
 import triton.language as tl
 
+from .common import kernel
 from .norm import combine_moments, combine_products
 
 
-@triton.jit
+@kernel
 def finish_probe(partial, gamma, beta, statistics, gates, tiles, pixels, rows, EPS: tl.constexpr,
                  TRAINING: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """gates[j] = <G, BN3(y_j)>, and statistics (candidates, 2, C), float64, from partial (candidates, tiles, 4, C).
@@ -32,7 +32,7 @@ def finish_probe(partial, gamma, beta, statistics, gates, tiles, pixels, rows, E
     tl.store(gates + j, tl.sum(tl.where(inside, gate, 0.0), 0))
 
 
-@triton.jit
+@kernel
 def finish_gate(partial, mean, var, gamma, beta, gate, tiles, EPS: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
                 BC: tl.constexpr):  # fmt: skip
     """gate = <G, BN(y)> from partial (tiles, 2, C) of `pair_sums`, whose mean was this one in float32."""

@@ -3,13 +3,12 @@
 "train" writes y and its partial moments; "probe" writes only sums of y, y^2, G and y G; "eval" writes BN3(y).
 """
 
-import triton
 import triton.language as tl
 
-from .common import activate, load_norm, tile_moments
+from .common import activate, kernel, load_norm, tile_moments
 
 
-@triton.jit
+@kernel
 def project(d, norm2, weight, offsets, y, grad, norm3, partial, pixels, tiles, CH: tl.constexpr, CO: tl.constexpr,
             ACT: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip

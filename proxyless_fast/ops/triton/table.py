@@ -39,7 +39,7 @@ ROWS: tuple[Row, ...] = (
     (90, "expand_input", "half", 128, {"BM": 64, "BC": 64}, 8, 2, 2048),
     (90, "expand_input", "half", 256, {"BM": 32, "BC": 64}, 8, 2, 2048),
     (90, "expand_input", "half", None, {"BM": 32, "BC": 32}, 8, 2, 2048),
-    (90, "expand_input", "float", 128, {"BM": 32, "BC": 16}, 8, 1, 2048),
+    (90, "expand_input", "float", 128, {"BM": 32, "BC": 16}, 4, 1, 2048),
     (90, "expand_input", "float", None, {"BM": 16, "BC": 16}, 8, 1, 2048),
     (90, "finish_input", "half", None, {"BM": 64, "BN": 64, "BK": 64}, 4, 2, 2048),
     (90, "finish_input", "float", None, {"BM": 64, "BN": 32, "BK": 16}, 4, 2, 2048),
@@ -51,6 +51,8 @@ ROWS: tuple[Row, ...] = (
     (90, "rows", "float", None, {"BM": 8}, 4, 2, 2048),
     (80, "depthwise", "half", None, {"BM": 64, "BC": 64}, 8, 1, 2048),
     (80, "depthwise_backward", "half", None, {"BM": 8, "BC": 64}, 4, 1, 2048),
+    (80, "expand_input", "float", 128, {"BM": 32, "BC": 16}, 8, 1, 2048),
+    (80, "expand_input", "float", None, {"BM": 16, "BC": 16}, 8, 1, 2048),
     (80, "project_backward", "half", 128, {"BM": 64, "BC": 64}, 8, 2, 2048),
     (80, "project_backward", "half", None, {"BM": 16, "BC": 64}, 8, 2, 2048),
 )
