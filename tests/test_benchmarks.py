@@ -199,6 +199,7 @@ def test_flops_follow_the_sampled_paths():
     ("options", "said"),
     [
         (["--baselines", "official"], "--official PATH"),
+        (["--baselines", "ours-graphed"], "ours-graphed needs a GPU"),
         (["--official", "/nonexistent"], "/nonexistent"),
         (["--batch", "0"], "positive integer"),
         (["--kinds", "nothing"], "nothing"),

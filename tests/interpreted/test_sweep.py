@@ -14,8 +14,10 @@ from test_mbconv_ops import EPS, SAMPLES, ids
 from proxyless_fast.ops.mbconv import mbconv_reference
 from proxyless_fast.ops.triton import compose, configs, launch, passes
 
+# A norm over two pixels amplifies rounding as it likes, eager's as well as ours.
+SHAPES = [s for s in SAMPLES if s.batch * s.height * s.width > 4]
 # In half precision without the four large shapes, which add time and no case.
-SMALL = [s for s in SAMPLES if s.batch * s.height * s.width * s.channels * s.expand * s.kernel**2 < 2e6]
+SMALL = [s for s in SHAPES if s.batch * s.height * s.width * s.channels * s.expand * s.kernel**2 < 2e6]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def large_tiles(monkeypatch):
 
     def config(kernel, x, width, **at_most):
         found = configs.config(kernel, x.dtype, width, 90, **at_most)
-        return found._replace(tile=found.tile | {"BM": 512})
+        return found._replace(tile=found.tile | {"BM": min(2048, configs.padded(x.shape[0]))})
 
     monkeypatch.setattr(launch, "config", config)
 
@@ -69,13 +71,15 @@ def errors(sample, dtype):
     found = {}
     for name, a, b, t in zip(names, ours, peer, truth, strict=True):
         assert a.shape == t.shape, name
-        scale = truth[0].norm() * wide[-1].norm() / truth[0].numel() ** 0.5 if name == "gate" else t.norm()
+        # A gradient may be nothing but rounding: a shift before a linear layer and a norm has none.
+        scale = t.norm() if t.norm() > 1e-9 * wide[-1].norm() else wide[-1].norm()
+        if name == "gate":
+            scale = truth[0].norm() * wide[-1].norm() / truth[0].numel() ** 0.5
         found[name] = tuple(((v.double() - t).norm() / scale).item() for v in (a, b))
     return found
 
 
-# A norm over two pixels amplifies rounding as it likes, eager's as well as ours.
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.batch * s.height * s.width > 4], ids=ids)
+@pytest.mark.parametrize("sample", SHAPES, ids=ids)
 def test_sweep_in_float32(sample):
     for name, (error, allowed) in errors(sample, torch.float32).items():
         assert error <= 2 * allowed + FLOOR[torch.float32], f"{name}: {error:.2e}, eager {allowed:.2e}"
