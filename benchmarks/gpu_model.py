@@ -93,7 +93,9 @@ class Count(TorchDispatchMode):
             moved = wanted * nbytes(gradient) + nbytes(out)
             moved += (nbytes(weight) if args[-1][0] else 0) + (nbytes(x) if args[-1][1] else 0)
             flops = wanted * 2 * gradient.numel() * weight[0].numel()
-        matrix = "convolution" in name and args[1 + ("backward" in name)].shape[1] > 1
+        elif name == "mm":
+            flops = 2 * args[0].numel() * args[1].shape[1]
+        matrix = name == "mm" or ("convolution" in name and args[1 + ("backward" in name)].shape[1] > 1)
         self.passes.append(Pass(name, moved, flops, matrix))
         return out
 
