@@ -2,6 +2,7 @@
 
 python benchmarks/gpu_table.py            both, into docs/gpu.md (needs torch and triton; no GPU)
 python benchmarks/gpu_table.py kernels    one of them: kernels, model
+python benchmarks/gpu_table.py stacks     prints the kernels, of all layers and widths, that use the stack
 """
 
 from __future__ import annotations
@@ -120,7 +121,23 @@ def write(name: str, text: str) -> None:
     DOCS.write_text(docs)
 
 
+def stacks() -> None:
+    """Prints every kernel of every layer and width that has anything on the stack."""
+    for arch in (80, 90):
+        for name, dtype in DTYPES.items():
+            launches, found = distinct(every_launch(BATCH, dtype, arch)), 0
+            with tempfile.TemporaryDirectory() as scratch:
+                for launched in launches:
+                    code = compile_launch(launched, arch, Path(scratch))
+                    if code.stack:
+                        found += 1
+                        print(f"sm_{arch} {name} {launched.name} {variant(launched)} {code}", flush=True)
+            print(f"sm_{arch} {name}: {found} of {len(launches)} kernels", flush=True)
+
+
 def main(names: list[str]) -> None:
+    if "stacks" in names:
+        stacks()
     if "kernels" in names or not names:
         write("kernels", kernel_table())
     if "model" in names or not names:

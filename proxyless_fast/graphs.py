@@ -50,7 +50,8 @@ class _Pool:
     """A private pool of torch's allocator, which lives as long as a graph in it does: so all are kept."""
 
     def __init__(self) -> None:
-        self.handle, self.graphs = torch.cuda.graph_pool_handle(), list[torch.cuda.CUDAGraph]()
+        self.handle = torch.cuda.graph_pool_handle()
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
 
 class Cuda:
@@ -148,7 +149,7 @@ class Graphs:
         return None  # graphs hold addresses: a copy of the net is without them
 
     def __reduce__(self) -> tuple:
-        return _nothing, ()
+        return type(None), ()
 
     def __call__(self, op: MixedOp, args: tuple, kwargs: dict, shortcut: bool) -> Tensor | None:
         """The op's output by replay, or None where no graph is used."""
@@ -159,14 +160,13 @@ class Graphs:
         key = self._key(op, x, shortcut, wanted)
         path = self.paths.get(key)
         if path is None or (isinstance(path, _Path) and path.addresses != self.addresses(op)):
-            reason = self._not_fused(op, x)
-            with _unmoved(op):
-                path = self.paths[key] = reason or self._record(op, x, shortcut, wanted)
+            path = self.paths[key] = self._not_fused(op, x) or self._record(op, x, shortcut, wanted)
         return None if isinstance(path, str) else _Replay.apply(self, path, x, *wanted)
 
     def _record(self, op: MixedOp, x: Tensor, shortcut: bool, wanted: list[Tensor]) -> _Path | str:
         try:
-            return _Path(self, op, x, shortcut, wanted)
+            with _unmoved(op):
+                return _Path(self, op, x, shortcut, wanted)
         except torch.OutOfMemoryError:  # for the caller, who may try a smaller batch
             raise
         except RuntimeError as error:
@@ -238,10 +238,6 @@ class Graphs:
         if key not in self.buffers:
             self.buffers[key] = torch.empty_like(like.detach())
         return self.buffers[key]
-
-
-def _nothing() -> None:
-    return None
 
 
 @contextmanager

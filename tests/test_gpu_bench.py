@@ -219,8 +219,9 @@ def test_a_subject_that_is_wrong_ends_the_run(tmp_path, registry, capsys, monkey
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it would run")
-def test_without_a_gpu_it_says_so():
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+@pytest.mark.parametrize("name", ["gpu.py", "gpu_tune.py"])
+def test_without_a_gpu_it_says_so(name):
+    command = [sys.executable, str(ROOT / "benchmarks" / name)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.count("\n") == 1 and "no GPU" in done.stderr

@@ -156,7 +156,7 @@ def test_a_shortcut_adds_x_and_its_gradient(training, keep):
 
 
 @pytest.mark.parametrize("input, weights", [(True, False), (False, True)])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
 def test_half_of_backward_is_that_half_of_all(shape, input, weights):
     x, grad, params = inputs(shape, torch.float32)
     mean, cov = passes.gram_rows(passes.rows_of(x)) if len(params) == 9 else (None, None)

@@ -16,8 +16,9 @@ from proxyless_fast.ops.triton import compose, configs, launch, passes
 
 # A norm over two pixels amplifies rounding as it likes, eager's as well as ours.
 SHAPES = [s for s in SAMPLES if s.batch * s.height * s.width > 4]
-# In half precision without the four large shapes, which add time and no case.
-SMALL = [s for s in SHAPES if s.batch * s.height * s.width * s.channels * s.expand * s.kernel**2 < 2e6]
+# In half precision without the four large shapes, which add time and no case, and without far means, where eager is so
+# far off that nothing else would show.
+SMALL = [s for s in SHAPES if s.mean == 0 and s.batch * s.height * s.width * s.channels * s.expand * s.kernel**2 < 2e6]
 
 
 @pytest.fixture(autouse=True)
@@ -94,4 +95,5 @@ def test_sweep_in_half_precision(dtype):
             found.setdefault(name, []).append(pair)
     for name, pairs in found.items():
         ours, eager = (sum(e**2 for e in column) ** 0.5 for column in zip(*pairs, strict=True))
+        assert 4 * eager < len(pairs) ** 0.5, f"{name}: zeros would pass"
         assert ours <= 2 * eager + FLOOR[dtype], f"{name}: {ours:.2e}, eager {eager:.2e} over {len(pairs)} shapes"

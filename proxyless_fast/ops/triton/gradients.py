@@ -206,7 +206,7 @@ def _expand(
     (dgamma, dbeta), _ = finish_gradient(partial, block.pixels, norm1, training)
 
     dx = None
-    if shares is not None:
+    if input and shares is not None:
         correction = constant = None
         if training:
             correction, constant = block.empty(ci, ci), torch.empty_like(centre)

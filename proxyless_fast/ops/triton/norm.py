@@ -151,6 +151,20 @@ def update_running(mean1, var1, running_mean1, running_var1, mean2, var2, runnin
         move_running(mean3, var3, running_mean3, running_var3, c, c < CO, pixels_out, MOMENTUM)
 
 
+@triton.jit
+def combine_pairs(partial, c, inside, tiles, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """Sums of g and of g (v - mean), float64 (BC,), from partial (tiles, 2, C) of `pair_sums` and its like."""
+    sum_g = tl.zeros((BC,), tl.float64)
+    sum_gv = tl.zeros((BC,), tl.float64)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        live = (t < tiles)[:, None] & inside[None, :]
+        at = partial + t[:, None] * (2 * C) + c[None, :]
+        sum_g += tl.sum(tl.load(at, mask=live, other=0.0).to(tl.float64), 0)
+        sum_gv += tl.sum(tl.load(at + C, mask=live, other=0.0).to(tl.float64), 0)
+    return sum_g, sum_gv
+
+
 @kernel
 def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAINING: tl.constexpr, C: tl.constexpr,
                     BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -160,14 +174,7 @@ def finish_gradient(partial, norm, dgamma, dbeta, affine, tiles, pixels, TRAININ
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
-    sum_g = tl.zeros((BC,), tl.float64)
-    sum_gv = tl.zeros((BC,), tl.float64)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        live = (t < tiles)[:, None] & inside[None, :]
-        at = partial + t[:, None] * (2 * C) + c[None, :]
-        sum_g += tl.sum(tl.load(at, mask=live, other=0.0).to(tl.float64), 0)
-        sum_gv += tl.sum(tl.load(at + C, mask=live, other=0.0).to(tl.float64), 0)
+    sum_g, sum_gv = combine_pairs(partial, c, inside, tiles, C, BT, BC)
     inverse = tl.load(norm + C + c, mask=inside, other=0.0).to(tl.float64)
     scale = tl.load(norm + 2 * C + c, mask=inside, other=0.0).to(tl.float64)
     gain = sum_gv * inverse

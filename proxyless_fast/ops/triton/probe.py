@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from .common import kernel
-from .norm import combine_moments, combine_products
+from .norm import combine_moments, combine_pairs, combine_products
 
 
 @kernel
@@ -38,14 +38,7 @@ def finish_gate(partial, mean, var, gamma, beta, gate, tiles, EPS: tl.constexpr,
     """gate = <G, BN(y)> from partial (tiles, 2, C) of `pair_sums`, whose mean was this one in float32."""
     c = tl.arange(0, BC)
     inside = c < C
-    sum_g = tl.zeros((BC,), tl.float64)
-    sum_gy = tl.zeros((BC,), tl.float64)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        live = (t < tiles)[:, None] & inside[None, :]
-        at = partial + t[:, None] * (2 * C) + c[None, :]
-        sum_g += tl.sum(tl.load(at, mask=live, other=0.0).to(tl.float64), 0)
-        sum_gy += tl.sum(tl.load(at + C, mask=live, other=0.0).to(tl.float64), 0)
+    sum_g, sum_gy = combine_pairs(partial, c, inside, tiles, C, BT, BC)
     m = tl.load(mean + c, mask=inside, other=0.0)
     sum_gy += (m.to(tl.float32).to(tl.float64) - m) * sum_g
     gain = tl.load(gamma + c, mask=inside, other=0.0).to(tl.float64)
