@@ -28,7 +28,7 @@ import torch
 from gpu_run import DTYPES, SHARES, Cuda, Run, ceilings
 
 import proxyless_fast as pf
-from benchmarks.baselines import Settings
+from proxyless_fast.bench.baselines import Settings
 from proxyless_fast.ops.triton import passes
 
 

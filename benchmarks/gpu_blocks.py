@@ -11,8 +11,8 @@ from gpu_steps import best_peer
 from rich.table import Table
 
 import proxyless_fast as pf
-from benchmarks.baselines import BASELINES
-from benchmarks.blocks import KINDS, Case, Runner, cases
+from proxyless_fast.bench.baselines import BASELINES
+from proxyless_fast.bench.blocks import KINDS, Case, Runner, cases
 
 SECONDS = 0.1  # about, for each figure
 

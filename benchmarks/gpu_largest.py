@@ -14,7 +14,7 @@ from gpu_run import KINDS, Run
 from gpu_steps import best_peer, prepare
 from rich.table import Table
 
-from benchmarks.baselines import BASELINES, Paths, Settings, Subject
+from proxyless_fast.bench.baselines import BASELINES, Paths, Settings, Subject
 
 MULTIPLE = 8
 TRIES = 6

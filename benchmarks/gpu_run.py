@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from benchmarks.baselines import Settings
+from proxyless_fast.bench.baselines import Settings
 from proxyless_fast.ops.triton import configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

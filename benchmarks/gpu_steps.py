@@ -17,9 +17,9 @@ import torch
 from gpu_run import KINDS, Run
 from rich.table import Table
 
-from benchmarks import gate
-from benchmarks.baselines import BASELINES, Paths, Settings, Subject
-from benchmarks.steps import draw_paths, uniform_paths
+from proxyless_fast.bench import gate
+from proxyless_fast.bench.baselines import BASELINES, Paths, Settings, Subject
+from proxyless_fast.bench.steps import draw_paths, uniform_paths
 
 # Who is measured: names of the registry, in this order.
 SUBJECTS = (

@@ -30,7 +30,7 @@ from gpu_launches import Launch, Shape, imagenet
 from gpu_run import Cuda, Run
 from rich.console import Console
 
-from benchmarks.baselines import Settings
+from proxyless_fast.bench.baselines import Settings
 from proxyless_fast.ops.triton import configs, table
 from proxyless_fast.ops.triton.configs import Config
 

@@ -1,19 +1,22 @@
 """proxyless_fast: ProxylessNAS (Cai, Zhu, Han, ICLR 2019) as a fast engine with a thin search loop."""
 
+from importlib import metadata
+
 import torch  # noqa: F401  (loads libtorch, which the extension links against)
 
 from . import _C, data, export, latency, ops, report, search, spaces  # type: ignore[attr-defined]  # _C is compiled
+from ._deprecated import renamed_attributes
 from .blocks import Identity, MBConv, Zero, candidate
+from .costs import count_macs, count_parameters
+from .cuda_graphs import set_graphs
 from .export import from_official
-from .gates import activate_most_likely, arch_parameters, derive, mixed_ops, rescale, sample, weight_parameters
-from .graphs import set_graphs
+from .fusion import set_policy
 from .latency import LatencyTable, expected_latency, profile
 from .mixed import MixedOp
-from .policy import set_policy
 from .search import Search, SearchConfig, objective
-from .shapes import macs, parameters
+from .supernet import activate_most_likely, arch_parameters, derive, mixed_ops, rescale, sample, weight_parameters
 
-__version__ = "0.1.0"
+__version__ = metadata.version("proxyless-fast")
 build_info = _C.build_info
 instruction_set = _C.instruction_set
 release_memory = _C.release_memory
@@ -30,6 +33,8 @@ __all__ = [
     "arch_parameters",
     "build_info",
     "candidate",
+    "count_macs",
+    "count_parameters",
     "data",
     "derive",
     "expected_latency",
@@ -37,11 +42,9 @@ __all__ = [
     "from_official",
     "instruction_set",
     "latency",
-    "macs",
     "mixed_ops",
     "objective",
     "ops",
-    "parameters",
     "profile",
     "release_memory",
     "report",
@@ -53,3 +56,11 @@ __all__ = [
     "spaces",
     "weight_parameters",
 ]
+
+__getattr__ = renamed_attributes(
+    __name__,
+    {
+        "macs": lambda: ("count_macs", count_macs),
+        "parameters": lambda: ("count_parameters", count_parameters),
+    },
+)

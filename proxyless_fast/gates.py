@@ -1,135 +1,147 @@
-"""All mixed ops of a net at once: sampling, rescaling, sorting parameters, and deriving the final net."""
+"""The gates of a mixed op: the gradient of each gate, from the active output and from probes, and from them alpha's."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from .mixed import MixedOp, Mode
+from .candidates import GateTerm, defined_with_forward, offered
+from .ops.statistics import dot
 
 
-def mixed_ops(net: nn.Module) -> dict[str, MixedOp]:
-    """The mixed ops of a net (or of one MixedOp), by label, in the order in which they are registered.
+class GatedStep(NamedTuple):
+    """What the gates need to know of one call of a mixed op.
 
-    An op without a label goes by its place in the net. Raises ValueError when two ops have one label.
+    indices, names, candidates: of the candidates whose gates get a gradient, the active one first. pair: whether p is
+    a softmax over these alone (mode "two"). args, kwargs: of the call, for the probes.
     """
-    ops: dict[str, MixedOp] = {}
-    for place, op in _mixed(net):
-        label = op.label or place or "mixed"
-        if label in ops:
-            raise ValueError(f"label must be unique among the mixed ops of a net, got {label!r} twice")
-        ops[label] = op
-    return ops
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    candidates: tuple[nn.Module, ...]
+    pair: bool
+    args: tuple
+    kwargs: dict[str, Any]
 
 
-def _mixed(net: nn.Module) -> list[tuple[str, MixedOp]]:
-    """The mixed ops with their places, in the order of net.named_modules(), whose nested generators take milliseconds
-    on a supernet of thousands of modules; this is asked several times a step."""
-    found: list[tuple[str, MixedOp]] = []
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", net)]
-    while waiting:
-        place, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, MixedOp):
-            found.append((place, module))
-        prefix = f"{place}." if place else ""
-        for name, child in reversed(module._modules.items()):
-            if child is not None and child._modules:  # a mixed op holds modules: what holds none need not be looked at
-                waiting.append((prefix + name, child))
-    return found
+def attach_gates(step: GatedStep, alpha: Tensor, output: Any, term: GateTerm | None) -> Any:
+    """The active candidate's output, with the gates' backward attached to its floating-point tensors.
 
-
-def arch_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
-    """The alphas of a net's mixed ops."""
-    return (op.alpha for _, op in _mixed(net))
-
-
-def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
-    """All parameters of a net but the alphas."""
-    alphas = {id(op.alpha) for _, op in _mixed(net)}
-    return (p for p in net.parameters() if id(p) not in alphas)
-
-
-def padded_alphas(ops: list[MixedOp]) -> Tensor:
-    """(ops, most candidates): the alphas, differentiable, with -inf where an op has fewer candidates."""
-    return nn.utils.rnn.pad_sequence([op.alpha for op in ops], batch_first=True, padding_value=-torch.inf)
-
-
-@torch.no_grad()
-def sample(net: nn.Module, mode: Mode = "path", generator: torch.Generator | None = None) -> dict[str, int]:
-    """Sample and activate a path in every mixed op of a net: label to active index.
-
-    mode: "path" and "full" draw one index ~ Categorical(softmax(alpha)) per op; "two" draws two without replacement and
-    makes one of them active by the pair's own softmax (paper section 3.2.1). generator: a CPU generator; equal seeds
-    give equal paths on every device and rank. The whole net is one vectorised draw and one read by the host.
-    Raises ValueError for another mode, or a net without mixed ops.
+    alpha: (N,), gets the gradient of eq. 4. term: what the active candidate handed out in place of its output, if it
+    did. Raises ValueError where the output holds no floating-point tensor.
     """
-    if mode not in ("path", "full", "two"):
-        raise ValueError(f"mode must be one of path, full, two, got {mode!r}")
-    labelled = mixed_ops(net)
-    if not labelled:
-        raise ValueError(f"net must hold at least one MixedOp, got {type(net).__name__} with none")
-    ops = list(labelled.values())
-    alphas = padded_alphas(ops).cpu().double()
-    # alpha plus Gumbel noise: the largest is a categorical draw, the two largest are a draw without replacement. A
-    # pruned or padded candidate stays at -inf. A softmax over rows would wake the thread pool for a few numbers.
-    noisy = alphas - torch.empty_like(alphas).exponential_(generator=generator).log_()
-    partners: list[int | None] = [None] * len(ops)
-    if mode != "two" or noisy.shape[1] == 1:
-        indices = torch.argmax(noisy, 1).tolist()
-    else:
-        pair = torch.topk(noisy, 2, dim=1).indices
-        first, second = torch.gather(alphas, 1, pair).unbind(1)
-        both = second > -torch.inf
-        swap = both & (torch.rand(len(ops), generator=generator) >= torch.sigmoid(first - second))
-        pair = torch.where(swap[:, None], pair.flip(1), pair)
-        indices = pair[:, 0].tolist()
-        partners = [b if ok else None for b, ok in zip(pair[:, 1].tolist(), both.tolist(), strict=True)]
-    alive = (alphas > -torch.inf).tolist()
-    for op, index, partner, live in zip(ops, indices, partners, alive, strict=True):
-        op._activate(index, mode, partner, live)
-    return dict(zip(labelled, indices, strict=True))
+    leaves, spec = pytree.tree_flatten(output)
+    places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    if not places:
+        raise ValueError(f"candidate {step.names[0]!r} must output a floating-point tensor, got none")
+    inputs, input_spec = pytree.tree_flatten((step.args, step.kwargs))
+    # The tensors among the arguments are autograd's to keep.
+    step = step._replace(args=(), kwargs={})
+    gated = _Gates.apply(step, inputs, input_spec, term, alpha, *(leaves[i] for i in places))
+    for place, tensor in zip(places, gated, strict=True):
+        leaves[place] = tensor
+    return pytree.tree_unflatten(leaves, spec)
 
 
-def rescale(net: nn.Module) -> None:
-    """`MixedOp.rescale` on every mixed op: call it after the optimizer step of mode "two"."""
-    for _, op in _mixed(net):
-        op.rescale()
+class _Gates(torch.autograd.Function):
+    """Identity on the active path's outputs; its backward computes the gates' gradients, and from them alpha's.
 
-
-def activate_most_likely(net: nn.Module) -> dict[str, int]:
-    """Activate the most likely path of every mixed op, in mode "path": label to index."""
-    labelled = mixed_ops(net)
-    if not labelled:
-        return {}
-    alphas = padded_alphas(list(labelled.values())).detach().cpu()
-    best = torch.argmax(alphas, 1).tolist()
-    for op, index, live in zip(labelled.values(), best, (alphas > -torch.inf).tolist(), strict=True):
-        op._activate(index, "path", None, live)
-    return dict(zip(labelled, best, strict=True))
-
-
-def derive(net: nn.Module, choices: dict[str, int] | None = None) -> nn.Module:
-    """A plain net: every mixed op replaced by its most likely candidate, weights kept (paper section 3.2, end).
-
-    choices: label to index, where another path than the most likely one is wanted. Ties go to the lower index. The
-    supernet is left as it is; the candidates that were not chosen are never copied. Raises KeyError for an unknown
-    label, IndexError for a wrong index.
+    The active path itself stays in ordinary autograd: only the tensors it keeps anyway are held here.
     """
-    labelled = mixed_ops(net)
-    unknown = set(choices or {}) - set(labelled)
-    if unknown:
-        raise KeyError(f"choices must name mixed ops of the net, got {', '.join(sorted(unknown))}")
-    memo: dict[int, object] = {}
-    # deepcopy looks up what it has copied already: an op that maps to its chosen candidate is never copied itself.
-    # Inner ops come later in modules() than the ops around them, so they are replaced first.
-    for label, op in reversed(labelled.items()):
-        chosen = op.most_likely if choices is None or label not in choices else op.index(choices[label])
-        memo[id(op)] = copy.deepcopy(op.candidates[chosen], memo)
-    return copy.deepcopy(net, memo)
+
+    @staticmethod
+    def forward(
+        ctx, step: GatedStep, inputs: list, input_spec: Any, term: GateTerm | None, alpha: Tensor, *outputs: Tensor
+    ):
+        tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+        ctx.step, ctx.input_spec = step, input_spec
+        device = outputs[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        ctx.dot, ctx.shared = (None, None) if term is None else (term.dot, term.shared)
+        own = outputs if term is None else term.tensors
+        ctx.own = len(own)
+        ctx.save_for_backward(alpha, *own, *tensors)
+        return tuple(y.view_as(y) for y in outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        alpha, *saved = ctx.saved_tensors
+        own, tensors = saved[: ctx.own], saved[ctx.own :]
+        if all(g is None for g in grads) or not ctx.needs_input_grad[4]:
+            return None, None, None, None, None, *grads
+        inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
+        args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
+        step: GatedStep = ctx.step._replace(args=args, kwargs=kwargs)
+        device, dtype, enabled = ctx.autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
+            term = ctx.dot is not None and grads[0] is not None
+            gates = [ctx.dot(grads[0], own) if term else _gate(grads, own)]
+            gates += _probes(step, grads, ctx.shared)
+        gradient = _alpha_gradient(alpha, dict(zip(step.indices, gates, strict=True)), step.pair)
+        return None, None, None, None, gradient, *grads
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _alpha_gradient(alpha: Tensor, gates: dict[int, Tensor], pair: bool) -> Tensor:
+    """sum_j dL/dg_j p_j (delta_ij - p_i) = p_i (g_i - <p, g>), (N,); p over the gated candidates alone if a pair.
+
+    Candidates are addressed by Python numbers, not by an index tensor that a GPU would have to wait for.
+    """
+    zero = alpha.new_zeros(())
+    out = alpha.new_full((), -torch.inf)
+    gate = torch.stack([gates[i].to(alpha.device, alpha.dtype) if i in gates else zero for i in range(len(alpha))])
+    logits = torch.stack([alpha[i] if i in gates else out for i in range(len(alpha))]) if pair else alpha
+    p = torch.softmax(logits, 0)
+    return p * (gate - (p * gate).sum())
+
+
+def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
+    """dL/dg = <dL/d output, o>, summed over the output's tensors."""
+    return torch.stack([dot(o.detach(), g) for g, o in zip(grads, outputs, strict=True) if g is not None]).sum()
+
+
+def _probes(step: GatedStep, grads: Sequence[Tensor | None], shared: Any) -> list[Tensor]:
+    """The gate gradients of all candidates but the active one: those that offer it together, the others one at a time.
+
+    shared: what the active candidate hands to probes of its own family.
+    """
+    active, *probed = step.candidates
+    device = next(g.device for g in grads if g is not None)
+    gates: list[Tensor | None] = [None] * len(probed)
+    families: dict[Callable, list[int]] = {}
+    for place, candidate in enumerate(probed):
+        family = offered(candidate, "joint_probe")
+        if defined_with_forward(type(candidate), "outputs_zeros"):
+            gates[place] = torch.zeros((), device=device)  # <G, 0>, without a copy from the host
+        elif family is not None:
+            families.setdefault(family, []).append(place)
+    for family, places in families.items():
+        own = shared if offered(active, "joint_probe") is family else None
+        found = family([probed[i] for i in places], step.args, step.kwargs, grads, own)
+        for place, gate in zip(places, found, strict=True):
+            gates[place] = gate
+    alone = (_probe(step, place + 1, grads) if gate is None else gate for place, gate in enumerate(gates))
+    return list(alone)
+
+
+def _probe(step: GatedStep, place: int, grads: Sequence[Tensor | None]) -> Tensor:
+    """The gate gradient of one candidate, run without autograd and dropped at once."""
+    run: Callable = step.candidates[place]
+    outputs = [leaf for leaf in pytree.tree_leaves(run(*step.args, **step.kwargs)) if _is_float(leaf)]
+    shapes = [tuple(o.shape) for o in outputs]
+    wanted = [None if g is None else tuple(g.shape) for g in grads]
+    if len(shapes) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shapes, strict=True)):
+        raise ValueError(
+            f"candidate {step.names[place]!r} must give outputs of the active candidate's shapes {wanted}, got {shapes}"
+        )
+    return _gate(grads, outputs)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .blocks import Gram, Kept, MBConv, Zero, is_mbconv, probe_fused
-from .engine import has_hooks
-from .ops.batch_norm import norm_dot
-from .ops.statistics import dot
+from ._deprecated import warn_renamed
+from .candidates import offered
+from .gates import GatedStep, attach_gates
 
 Mode = Literal["path", "full", "two", "sum", "softmax"]
 MODES: tuple[Mode, ...] = ("path", "full", "two", "sum", "softmax")
@@ -33,6 +32,9 @@ class MixedOp(nn.Module):
       alpha the gradient of eq. 4: sum_j dL/dg_j p_j (delta_ij - p_i), with dL/dg_j = <dL/d output, o_j(x)>.
     * "two": the same over the active candidate and one partner (section 3.2.1, "two paths").
     * "sum", "softmax": every candidate runs (One-Shot, DARTS): to compare with.
+
+    gated_indices: of the candidates whose gates get a gradient in this step, the active one first. What candidates may
+    offer beyond `forward` is in `proxyless_fast.candidates`.
 
     The output of modes "full" and "two" must not be changed in place: backward reads it; autograd says so if it is.
     Raises ValueError for wrong candidates.
@@ -59,7 +61,7 @@ class MixedOp(nn.Module):
         self.active = 0
         self.partner: int | None = None
         self.graphs: Callable | None = None  # proxyless_fast.set_graphs
-        self._gated = [0]
+        self.gated_indices: tuple[int, ...] = (0,)
         self._pair_mass: Tensor | None = None
 
     def __len__(self) -> int:
@@ -116,15 +118,15 @@ class MixedOp(nn.Module):
         alive = (self.alpha > -torch.inf).tolist()
         if mode == "two" and other is None and sum(alive) > 1:
             raise ValueError("partner must be given in mode 'two', got None")
-        self._activate(active, mode, other, alive)
+        self.set_path(active, mode, other, alive)
 
-    def _activate(self, active: int, mode: Mode, partner: int | None, alive: Sequence[bool]) -> None:
+    def set_path(self, active: int, mode: Mode, partner: int | None, alive: Sequence[bool]) -> None:
         """`activate` with checked arguments; alive: which candidates are not pruned, so that none is read again."""
         self.active, self.mode, self.partner = active, mode, partner
         if mode == "full":
-            self._gated = [active] + [i for i in range(len(self)) if alive[i] and i != active]
+            self.gated_indices = (active, *(i for i in range(len(self)) if alive[i] and i != active))
         else:
-            self._gated = [active] if partner is None else [active, partner]
+            self.gated_indices = (active,) if partner is None else (active, partner)
         pair = self._pair()
         self._pair_mass = None if pair is None else torch.logsumexp(pair.detach(), 0)
 
@@ -143,7 +145,7 @@ class MixedOp(nn.Module):
         if pair is None or self._pair_mass is None:
             return
         shift = self._pair_mass - torch.logsumexp(pair, 0)
-        for i in self._gated:
+        for i in self.gated_indices:
             self.alpha[i] += shift
 
     @torch.no_grad()
@@ -167,28 +169,32 @@ class MixedOp(nn.Module):
         candidate = self.candidates[self.active]
         if not self._gates_wanted:
             return candidate(*args, **kwargs)
-        if isinstance(candidate, MBConv) and is_mbconv(candidate) and len(args) == 1 and not kwargs:
-            output, kept = candidate.gated(args[0])
-            return _attach_gates(self, args, kwargs, output, kept)
-        return _attach_gates(self, args, kwargs, candidate(*args, **kwargs), None)
+        run = offered(candidate, "run_gated") if len(args) == 1 and not kwargs else None
+        output, term = (candidate(*args, **kwargs), None) if run is None else run(args[0])
+        return attach_gates(self._gated_step(args, kwargs), self.alpha, output, term)
 
     @torch.compiler.disable(recursive=False)
     def with_shortcut(self, x: Tensor) -> Tensor:
-        """self(x) + x, with the sum where the output is written anyway if the active candidate is an MBConv."""
+        """self(x) + x, with the sum where the output is written anyway if the active candidate offers that."""
         replayed = None if self.graphs is None else self.graphs(self, (x,), {}, True)
         if replayed is not None:
             return replayed
-        candidate = self.candidates[self.active]
-        one = self.mode in ("path", "full", "two") and type(self).forward is MixedOp.forward
-        if one and not self._gates_wanted and type(candidate) is Zero and not has_hooks(candidate):
-            return x
-        if not one or not isinstance(candidate, MBConv) or not is_mbconv(candidate):
+        if self.mode in ("sum", "softmax"):
             return self(x) + x
-        if not self._gates_wanted:
-            return candidate(x, shortcut=True)
-        output, kept = candidate.gated(x, shortcut=True)
-        output = _attach_gates(self, (x,), {}, output, kept)
-        return output + x if kept is None else output
+        candidate, gated = self.candidates[self.active], self._gates_wanted
+        run = offered(candidate, "run_gated" if gated else "with_shortcut")
+        if run is None:
+            return self(x) + x
+        if not gated:
+            return run(x)
+        output, term = run(x, shortcut=True)
+        summed = attach_gates(self._gated_step((x,), {}), self.alpha, output, term)
+        return summed + x if term is None else summed
+
+    def _gated_step(self, args: tuple, kwargs: dict[str, Any]) -> GatedStep:
+        names = tuple(self.names[i] for i in self.gated_indices)
+        candidates = tuple(self.candidates[i] for i in self.gated_indices)
+        return GatedStep(self.gated_indices, names, candidates, self.mode == "two", args, kwargs)
 
     @property
     def _gates_wanted(self) -> bool:
@@ -209,116 +215,10 @@ class MixedOp(nn.Module):
         return pytree.tree_unflatten(total, spec)
 
     def gated(self) -> list[int]:
-        """Indices of the candidates whose gates get a gradient in this step, the active one first."""
-        return list(self._gated)
+        """Old name of `gated_indices`, as a list."""
+        warn_renamed("MixedOp.gated()", "MixedOp.gated_indices")
+        return list(self.gated_indices)
 
     def extra_repr(self) -> str:
         label = f"{self.label}: " if self.label else ""
         return f"{label}{', '.join(self.names)}; mode {self.mode}, active {self.names[self.active]}"
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _attach_gates(op: MixedOp, args: tuple, kwargs: dict, output: Any, kept: Kept | None) -> Any:
-    """The output, with the gates' backward attached to its floating-point tensors; kept: see MBConv.gated."""
-    leaves, spec = pytree.tree_flatten(output)
-    places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
-    if not places:
-        raise ValueError(f"candidate {op.names[op.active]!r} must output a floating-point tensor, got none")
-    inputs, input_spec = pytree.tree_flatten((args, kwargs))
-    gated = _Gates.apply(op, inputs, input_spec, kept, op.alpha, *(leaves[i] for i in places))
-    for place, tensor in zip(places, gated, strict=True):
-        leaves[place] = tensor
-    return pytree.tree_unflatten(leaves, spec)
-
-
-class _Gates(torch.autograd.Function):
-    """Identity on the active path's outputs; its backward computes the gates' gradients, and from them alpha's.
-
-    The active path itself stays in ordinary autograd: only the tensors it keeps anyway are held here.
-    """
-
-    @staticmethod
-    def forward(ctx, op: MixedOp, inputs: list, input_spec: Any, kept: Kept | None, alpha: Tensor, *outputs: Tensor):
-        tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
-        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-        ctx.op, ctx.input_spec = op, input_spec
-        ctx.gated, ctx.pair = op.gated(), op.mode == "two"
-        device = outputs[0].device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.set_materialize_grads(False)
-        ctx.eps, ctx.gram = (None, None) if kept is None else (kept.eps, kept.gram)
-        own = outputs if kept is None else (kept.y, kept.statistics, kept.gamma, kept.beta)
-        ctx.own = len(own)
-        ctx.save_for_backward(alpha, *own, *tensors)
-        return tuple(y.view_as(y) for y in outputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor | None):
-        alpha, *saved = ctx.saved_tensors
-        own, tensors = saved[: ctx.own], saved[ctx.own :]
-        if all(g is None for g in grads) or not ctx.needs_input_grad[4]:
-            return None, None, None, None, None, *grads
-        inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
-        device, dtype, enabled = ctx.autocast
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
-            if ctx.eps is not None and grads[0] is not None:
-                y, statistics, gamma, beta = own
-                gates = [norm_dot(grads[0], y, statistics, gamma, beta, ctx.eps)]
-            else:
-                gates = [_gate(grads, own)]
-            gates += _probes(ctx.op, ctx.gated[1:], args, kwargs, grads, ctx.gram)
-        gradient = _alpha_gradient(alpha, dict(zip(ctx.gated, gates, strict=True)), ctx.pair)
-        return None, None, None, None, gradient, *grads
-
-
-def _alpha_gradient(alpha: Tensor, gates: dict[int, Tensor], pair: bool) -> Tensor:
-    """sum_j dL/dg_j p_j (delta_ij - p_i) = p_i (g_i - <p, g>), (N,); p over the gated candidates alone if a pair.
-
-    Candidates are addressed by Python numbers, not by an index tensor that a GPU would have to wait for.
-    """
-    zero = alpha.new_zeros(())
-    out = alpha.new_full((), -torch.inf)
-    gate = torch.stack([gates[i].to(alpha.device, alpha.dtype) if i in gates else zero for i in range(len(alpha))])
-    logits = torch.stack([alpha[i] if i in gates else out for i in range(len(alpha))]) if pair else alpha
-    p = torch.softmax(logits, 0)
-    return p * (gate - (p * gate).sum())
-
-
-def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
-    """dL/dg = <dL/d output, o>, summed over the output's tensors."""
-    return torch.stack([dot(o.detach(), g) for g, o in zip(grads, outputs, strict=True) if g is not None]).sum()
-
-
-def _probes(
-    op: MixedOp,
-    probed: Sequence[int],
-    args: tuple,
-    kwargs: dict,
-    grads: Sequence[Tensor | None],
-    gram: Gram | None,
-) -> list[Tensor]:
-    """The gate gradients of the probed candidates: those the engine takes in one call, the others one at a time."""
-    fused: dict[int, Tensor] = {}
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and len(grads) == 1 and grads[0] is not None:
-        fused = probe_fused([(j, op.candidates[j]) for j in probed], args[0], grads[0], gram)
-    return [fused[j] if j in fused else _probe(op, j, args, kwargs, grads) for j in probed]
-
-
-def _probe(op: MixedOp, j: int, args: tuple, kwargs: dict, grads: Sequence[Tensor | None]) -> Tensor:
-    """The gate gradient of candidate j, run without autograd and dropped at once."""
-    module: Callable = op.candidates[j]
-    if isinstance(module, Zero):  # <G, 0> = 0 without running it, and without a copy from the host
-        return torch.zeros((), device=next(g.device for g in grads if g is not None))
-    outputs = [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if _is_float(leaf)]
-    shapes = [tuple(o.shape) for o in outputs]
-    wanted = [None if g is None else tuple(g.shape) for g in grads]
-    if len(shapes) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shapes, strict=True)):
-        raise ValueError(
-            f"candidate {op.names[j]!r} must give outputs of the active candidate's shapes {wanted}, got {shapes}"
-        )
-    return _gate(grads, outputs)

@@ -29,8 +29,8 @@ import gpu_steps
 from gpu_launches import Shape, distinct
 from triton.runtime import driver
 
-from benchmarks import baselines
-from benchmarks.measure import SavedBytes
+from proxyless_fast.bench import baselines
+from proxyless_fast.bench.measure import SavedBytes
 from proxyless_fast.ops.triton import launch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu_candidates
 import gpu_tune
 from gpu_launches import Shape
-from test_gpu_bench import LAYER, Host, make_run, printed
 
 from proxyless_fast.ops.triton import configs, launch, table
 from proxyless_fast.ops.triton.configs import WIDE, Config
+from tests.test_gpu_bench import LAYER, Host, make_run, printed
 
 
 def test_candidates_are_few_and_near():

@@ -280,7 +280,7 @@ def test_pruned_candidates_are_neither_sampled_nor_probed():
         assert 2 not in (op.active, op.partner)
     op.prune(1.0)
     pf.sample(op, "two", generator)
-    assert op.partner is None and op.gated() == [op.active] == [op.most_likely]
+    assert op.partner is None and list(op.gated_indices) == [op.active] == [op.most_likely]
     op(torch.randn(2, 6, 5, 5, dtype=torch.float64)).sum().backward()
     pf.rescale(op)
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ..report import print_report
 from . import stages
-from .bench import bench
-from .parser import parser
+from .parser import build_parser
 from .run import Run
 
 CHAIN: dict[str, Callable] = {
@@ -26,11 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:  # has options of its own
-        try:
-            return bench(arguments[1:])
-        except FileNotFoundError as error:
-            return _say("bench", str(error), 2)
-    args = parser().parse_args(arguments)
+        from ..bench.run import main as bench  # imports much that no other command needs
+
+        return bench(arguments[1:])
+    args = build_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("proxyless_fast").setLevel(logging.INFO)
     try:

@@ -11,11 +11,11 @@ DATA = {"small": "fashion-mnist", "cell": "fashion-mnist", "mobile": None}
 SEARCH: dict[str, dict[str, Any]] = {
     "small": {
         "epochs": 2, "warmup_epochs": 1, "lr": 0.1, "arch_every": 2, "arch_lr": 0.03, "label_smoothing": 0.0,
-        "objective": "add_linear", "weight": 0.1,
+        "objective": "add_linear", "add_linear_weight": 0.1,
     },
     "cell": {
         "epochs": 40, "warmup_epochs": 10, "lr": 0.1, "arch_every": 2, "arch_lr": 0.01, "label_smoothing": 0.0,
-        "objective": "add_linear", "weight": 0.1,
+        "objective": "add_linear", "add_linear_weight": 0.1,
     },
     "mobile": {},
 }  # fmt: skip

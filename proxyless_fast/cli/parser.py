@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from ..search import SearchConfig, TrainConfig
+from ..search.config import RENAMED
 from . import defaults
 from .space import SPACES
 
@@ -20,9 +21,9 @@ HELP = {
     "arch_weight_decay": "weight decay of the architecture parameters",
     "mode": "gradient through all gates (full), through two sampled ones (two), or reinforce",
     "objective": "how latency enters the loss: mul_log or add_linear",
-    "alpha": "factor of mul_log",
-    "beta": "exponent of mul_log",
-    "weight": "weight of the latency term of add_linear",
+    "mul_log_factor": "factor of mul_log",
+    "mul_log_exponent": "exponent of mul_log",
+    "add_linear_weight": "weight of the latency term of add_linear",
     "samples": "reinforce: paths per arch step",
     "baseline_momentum": "reinforce: memory of the baseline",
     "reward_exponent": "reinforce: w of the reward accuracy * (target / latency)^w",
@@ -89,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="proxyless-fast",
         description="Search a network for this machine: profile, search, derive, train, eval, export.",
@@ -211,8 +212,10 @@ def _config_options(
         text = defaults.describe(values).replace("%", "%%")
         number = next((type(v) for v in values.values() if v is not None), float)
         metavar = {int: "N", float: "X", str: "NAME"}[number]
+        old = next((name for name, new in RENAMED.items() if new == field.name), None)
+        names = [prefix + field.name, *([] if old is None else [old])]
         group.add_argument(
-            f"--{(prefix + field.name).replace('_', '-')}",
+            *(f"--{name.replace('_', '-')}" for name in names),
             type=number,
             metavar=metavar,
             help=f"{HELP[field.name]} ({text})",

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..export import documents
+from ..io import documents
 
 STAGES = ("search", "derive", "train", "eval", "export", "total")
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from .. import data
 from .. import export as exports
-from ..export.weights import load_state
-from ..gates import derive as derive_net
+from ..costs import count_macs, count_parameters
+from ..io.state import load_state
 from ..latency import ExpectedLatency, LatencyTable, measure
 from ..latency import profile as profile_net
 from ..report import describe_blocks
@@ -18,7 +18,7 @@ from ..search import Search, SearchConfig, TrainConfig, evaluate
 from ..search import train as train_net
 from ..search.checkpoint import load
 from ..search.progress import console, progress_bar
-from ..shapes import macs, parameters
+from ..supernet import derive as derive_net
 from . import defaults, space
 from .parser import config_of
 from .run import Run
@@ -94,7 +94,7 @@ def search(run: Run, args: Namespace) -> None:
             found = Search.resume(run.folder, net, splits.train, splits.valid, latency)
         else:
             target, source = parse_target(args.target, latency)
-            config = config_of(SearchConfig, args, name, target=target, seed=data_settings["seed"])
+            config = config_of(SearchConfig, args, name, target_ms=target, seed=data_settings["seed"])
             figures |= {"target": target, "target_source": source, **config.to_dict()}
             found = Search(net, splits.train, splits.valid, config, latency, run.folder)
             # What --resume and later stages need to know must be there if the search is interrupted.
@@ -127,7 +127,7 @@ def derive(run: Run, args: Namespace) -> None:
         figures["predicted"] = None if latency is None else latency.of_choices(choices)
         figures["blocks"] = describe_blocks(net, choices)
         net = derive_net(net, choices)
-        figures |= {"parameters": parameters(net), "macs": macs(net)}
+        figures |= {"parameters": count_parameters(net), "macs": count_macs(net)}
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
         figures["files"] = [run.architecture.name, run.weights.name]

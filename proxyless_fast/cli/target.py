@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from ..gates import mixed_ops
 from ..latency import ExpectedLatency
 from ..search import most_probable_path
+from ..supernet import mixed_ops
 from . import defaults
 
 

@@ -1,10 +1,10 @@
 """Formats other programs read: official configs and checkpoints, JSON, safetensors, ONNX, timm."""
 
+from ..io.state import load_weights, save_weights
 from .architecture_json import architecture, from_architecture, load_architecture, save_architecture
 from .official_format import from_official, official
 from .onnx_file import onnx
 from .timm_model import timm
-from .weights import load_weights, save_weights
 
 __all__ = [
     "architecture",

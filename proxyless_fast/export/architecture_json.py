@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..shapes import macs, parameters
+from ..costs import count_macs, count_parameters
+from ..io import documents
 from ..spaces import from_config
-from . import batchnorm, documents
+from . import batchnorm
 
 FORMAT = "proxyless_fast.architecture"
 
@@ -27,8 +28,8 @@ def architecture(net: nn.Module) -> dict[str, Any]:
         "format": FORMAT,
         "net": describe(),
         "bn": batchnorm.settings(net),
-        "parameters": parameters(net),
-        "macs": macs(net),
+        "parameters": count_parameters(net),
+        "macs": count_macs(net),
     }
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, Zero
-from ..spaces.chain import ChainNet, initialise
-from . import batchnorm, documents
-from .weights import load_state
+from ..io import documents
+from ..io.state import load_state
+from ..spaces.chain_net import ChainNet
+from ..spaces.common import initialise
+from . import batchnorm
 
 _PLAIN = {"dropout_rate": 0, "ops_order": "weight_bn_act"}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..gates import mixed_ops
-from .files import atomic
-from .graph import build, input_shape_of
+from ..io.files import atomic
+from ..supernet import mixed_ops
+from .onnx_graph import build, input_shape_of
 
 TOLERANCE = 1e-3  # of the largest output: float32 through some hundred layers, summed in another order
 FLOOR = 1e-6

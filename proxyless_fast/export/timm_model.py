@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import MBConv, ResidualBlock, Zero
-from ..spaces.chain import ChainNet
+from ..spaces.chain_net import ChainNet
 from . import batchnorm
 
 

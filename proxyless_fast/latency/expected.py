@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..gates import mixed_ops
+from ..costs import describe_layers
 from ..mixed import MixedOp
-from ..shapes import layers
+from ..supernet import mixed_ops
 from .table import LatencyTable
 
 
@@ -22,10 +22,11 @@ class ExpectedLatency:
     """
 
     def __init__(self, net: nn.Module, table: LatencyTable) -> None:
-        found = layers(net)
+        found = describe_layers(net)
         shapes = [shape for layer in found for shape in layer.choices if shape is not None]
         ms = dict(zip((shape.key for shape in shapes), table.lookup_all(shapes), strict=True))
-        labels = {id(op): label for label, op in mixed_ops(net).items()}
+        ops = mixed_ops(net)
+        labels = {id(op): label for label, op in ops.items()}
         self.fixed = table.overhead
         self._ops: dict[str, MixedOp] = {}
         self._times: dict[str, list[float]] = {}
@@ -35,7 +36,7 @@ class ExpectedLatency:
                 self.fixed += times[0]
             else:
                 label = labels[id(layer.mixed)]
-                self._ops[label], self._times[label] = layer.mixed, times
+                self._ops[label], self._times[label] = ops[label], times
         self._vector = torch.tensor([t for row in self._times.values() for t in row])
 
     def __call__(self) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..export.files import atomic
-from ..shapes import OpShape
+from ..checks import is_integer
+from ..costs import OpShape
+from ..io.files import atomic
 
 HEADER = "header"
 ATTRIBUTES = ("expand", "kernel", "stride", "idskip")  # in the order in which the official keys name them
@@ -92,7 +93,7 @@ class LatencyTable:
         for name, value in (("mean", mean), ("var", var), ("median", median)):
             if value is not None and not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} of {key} must be a non-negative number, got {value!r}")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_integer(count, 1):
             raise ValueError(f"count of {key} must be a positive integer, got {count!r}")
         self._entries[key] = Entry(count, float(mean), float(var), None if median is None else float(median))
 

@@ -13,7 +13,7 @@ from .depthwise import (
     expand_depthwise_forward,
     expand_depthwise_forward_reference,
 )
-from .mbconv import can_run_mbconv, mbconv, mbconv_reference, probe, probe_reference
+from .mbconv import can_run_mbconv, mbconv_reference, probe, probe_reference
 from .statistics import gate_dot, gate_dot_reference, gram, gram_reference
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "gate_dot_reference",
     "gram",
     "gram_reference",
-    "mbconv",
     "mbconv_reference",
     "probe",
     "probe_reference",

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._deprecated import callable_module
 from . import triton as gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
-from .batch_norm import ACTIVATIONS
+from .activation import ACTIVATIONS
 from .statistics import gram as gram_of
 
 _KEEP = {"lean": 1, "fast": 2}
@@ -239,3 +240,6 @@ def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, 
 @torch.library.register_fake("proxyless_fast::update_running")
 def _(statistics, running, pixels_in, pixels_out, momentum):
     return None
+
+
+callable_module(__name__, "mbconv")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..gates import mixed_ops
+from ..supernet import mixed_ops
 
 BAR = 10
 

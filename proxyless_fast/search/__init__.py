@@ -4,8 +4,8 @@ from .choose import choose_path, most_probable_path
 from .config import SearchConfig
 from .diagnose import NonFiniteLoss
 from .loop import Search
-from .objective import objective
-from .train import Accuracy, TrainConfig, evaluate, train
+from .objectives import objective
+from .training import Accuracy, TrainConfig, evaluate, train
 
 __all__ = [
     "Accuracy",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..export.files import atomic
+from ..io.files import atomic
 
 NAME = "checkpoint.pt"
 FORMAT = 1

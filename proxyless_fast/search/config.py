@@ -4,14 +4,17 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .._deprecated import renamed_fields
+from ..checks import is_integer
+
 MODES = ("full", "two", "reinforce")
 OBJECTIVES = ("mul_log", "add_linear")
 
 _AT_LEAST = {
     "epochs": 0, "warmup_epochs": 0, "arch_every": 1, "samples": 1, "seed": 0, "log_every": 1,
 }  # fmt: skip
-_POSITIVE = ("lr", "arch_lr", "alpha", "beta")
-_NOT_NEGATIVE = ("weight_decay", "arch_weight_decay", "weight", "reward_exponent")
+_POSITIVE = ("lr", "arch_lr", "mul_log_factor", "mul_log_exponent")
+_NOT_NEGATIVE = ("weight_decay", "arch_weight_decay", "add_linear_weight", "reward_exponent")
 _FRACTION = ("momentum", "label_smoothing", "baseline_momentum")
 
 
@@ -25,10 +28,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def check_numbers(
     config: Any,
     at_least: dict[str, int],
@@ -37,7 +36,7 @@ def check_numbers(
     fraction: tuple[str, ...],
 ) -> None:
     for field, least in at_least.items():
-        check(config, field, is_count(getattr(config, field), least), f"an integer of at least {least}")
+        check(config, field, is_integer(getattr(config, field), least), f"an integer of at least {least}")
     for field in positive:
         check(config, field, is_number(value := getattr(config, field)) and value > 0, "a number above 0")
     for field in not_negative:
@@ -46,6 +45,12 @@ def check_numbers(
         check(config, field, is_number(value := getattr(config, field)) and 0 <= value < 1, "a number in [0, 1)")
 
 
+RENAMED = {
+    "target": "target_ms", "alpha": "mul_log_factor", "beta": "mul_log_exponent", "weight": "add_linear_weight",
+}  # fmt: skip
+
+
+@renamed_fields(RENAMED)
 @dataclass(frozen=True)
 class SearchConfig:
     """Settings of a search; the defaults are the official ImageNet ones (batches of 256).
@@ -58,9 +63,9 @@ class SearchConfig:
     arch_every: one arch step every so many weight steps.
     arch_lr, arch_weight_decay: Adam with betas (0, 0.999) for alphas.
     mode: "full" (paper eq. 4), "two" (paper section 3.2.1: two sampled paths), "reinforce" (paper eq. 5).
-    target: latency in ms that the objective refers to; needed when there is a latency table.
-    objective: "mul_log": alpha · CE · (log E[lat] / log target)^beta;
-        "add_linear": CE + weight · (E[lat] − target) / target.
+    target_ms: latency that the objective refers to; needed when there is a latency table.
+    objective: "mul_log": mul_log_factor · CE · (log E[lat] / log target)^mul_log_exponent;
+        "add_linear": CE + add_linear_weight · (E[lat] − target) / target.
     samples, baseline_momentum, reward_exponent: of "reinforce": paths per arch step, memory of the moving-average
         baseline, and w of the reward accuracy · (target / lat)^w.
     prune_below: after each epoch, candidates less probable than this are dropped for good; None keeps all.
@@ -78,11 +83,11 @@ class SearchConfig:
     arch_lr: float = 1e-3
     arch_weight_decay: float = 0.0
     mode: str = "full"
-    target: float | None = None
+    target_ms: float | None = None
     objective: str = "mul_log"
-    alpha: float = 0.2
-    beta: float = 0.3
-    weight: float = 0.1
+    mul_log_factor: float = 0.2
+    mul_log_exponent: float = 0.3
+    add_linear_weight: float = 0.1
     samples: int = 10
     baseline_momentum: float = 0.99
     reward_exponent: float = 0.1
@@ -94,11 +99,11 @@ class SearchConfig:
         check_numbers(self, _AT_LEAST, _POSITIVE, _NOT_NEGATIVE, _FRACTION)
         check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
         check(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        if self.target is not None:
-            check(self, "target", is_number(self.target) and self.target > 0, "a latency above 0 ms or None")
+        if self.target_ms is not None:
+            check(self, "target_ms", is_number(self.target_ms) and self.target_ms > 0, "a latency above 0 ms or None")
             mul_log = self.objective == "mul_log" and self.mode != "reinforce"
             expected = "above 1 ms with objective 'mul_log', whose logarithm changes sign there (use 'add_linear')"
-            check(self, "target", not mul_log or self.target > 1, expected)
+            check(self, "target_ms", not mul_log or self.target_ms > 1, expected)
         if self.prune_below is not None:
             expected = "a probability in (0, 0.5] or None"
             check(self, "prune_below", is_number(self.prune_below) and 0 < self.prune_below <= 0.5, expected)

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..export.weights import load_state
-from ..gates import arch_parameters, mixed_ops, rescale, sample, weight_parameters
+from ..io.state import load_state
 from ..latency import ExpectedLatency, LatencyTable
+from ..supernet import arch_parameters, mixed_ops, rescale, sample, weight_parameters
 from . import checkpoint
 from .batches import endless_batches, epoch_batches, generator
 from .config import SearchConfig
 from .diagnose import require_finite
 from .interrupt import Interrupt
 from .journal import Journal
-from .objective import objective
+from .objectives import objective
 from .optim import adam, frozen, set_cosine_lr, sgd
 from .progress import console, note, progress_bar, report_epoch
 from .reinforce import log_probability, reward, surrogate, update_baseline
@@ -99,7 +99,8 @@ class Search:
         if self.latency is not None:
             c = self.config
             measured["latency"] = self.latency()
-            loss = objective(ce, measured["latency"], c.target or 0.0, c.objective, c.alpha, c.beta, c.weight)
+            ref, factor, exponent = c.target_ms or 0.0, c.mul_log_factor, c.mul_log_exponent
+            loss = objective(ce, measured["latency"], ref, c.objective, factor, exponent, c.add_linear_weight)
         self._require_finite(loss, inputs, "arch")
         loss.backward()
         return {"loss": loss, **measured}
@@ -113,7 +114,7 @@ class Search:
                 accuracies.append(_top1(self.net(inputs), labels))
             choices = {label: op.active for label, op in self.ops.items()}
             latency = None if self.latency is None else self.latency.of_choices(choices)
-            rewards.append(reward(accuracies[-1], latency, self.config.target, self.config.reward_exponent))
+            rewards.append(reward(accuracies[-1], latency, self.config.target_ms, self.config.reward_exponent))
             log_p.append(log_probability(self.ops.values()))
         stacked = torch.stack(rewards)
         surrogate(torch.stack(log_p), stacked, self.baseline).backward()
@@ -199,11 +200,11 @@ class Search:
         if self.latency is None:
             return
         config, fastest = self.config, getattr(self.latency, "fastest", None)
-        if config.target is None:
-            raise ValueError("SearchConfig.target: got None with a latency table, expected a latency in ms")
-        if fastest is not None and config.target < fastest:
+        if config.target_ms is None:
+            raise ValueError("SearchConfig.target_ms: got None with a latency table, expected a latency in ms")
+        if fastest is not None and config.target_ms < fastest:
             raise ValueError(
-                f"SearchConfig.target: got {config.target:.4g} ms, expected at least the fastest path's "
+                f"SearchConfig.target_ms: got {config.target_ms:.4g} ms, expected at least the fastest path's "
                 f"{fastest:.4g} ms"
             )
         if fastest is not None and fastest <= 1 and config.objective == "mul_log" and config.mode != "reinforce":

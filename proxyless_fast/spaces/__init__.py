@@ -1,8 +1,9 @@
 """Search spaces: functions that build supernets. A derived net is of the same class, without mixed ops."""
 
-from .cell import CellNet, cell
-from .chain import ChainNet, from_config
-from .mobile import mobile
-from .small import small
+from .cell_net import CellNet, cell
+from .chain_net import ChainNet
+from .mobile_space import mobile
+from .rebuild import from_config
+from .small_space import small
 
 __all__ = ["CellNet", "ChainNet", "cell", "from_config", "mobile", "small"]

@@ -1,18 +1,12 @@
-"""The composed MBConv, interpreted, over the shapes that the CPU engine is held to (tests/test_mbconv_ops.py)."""
-
-import sys
-from pathlib import Path
+"""The composed MBConv, interpreted, over the shapes that the CPU engine is held to (tests/ops/test_mbconv.py)."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from test_block import FLOOR
-from test_mbconv_ops import EPS, SAMPLES, ids
 
 from proxyless_fast.ops.mbconv import mbconv_reference
 from proxyless_fast.ops.triton import compose, configs, launch, passes
+from tests.ops.test_mbconv import EPS, SAMPLES, ids
 
 # A norm over two pixels amplifies rounding as it likes, eager's as well as ours.
 SHAPES = [s for s in SAMPLES if s.batch * s.height * s.width > 4]

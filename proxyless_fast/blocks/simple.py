@@ -1,0 +1,137 @@
+"""Blocks without a convolution: Zero, Identity, pooling, and the classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_positive
+from ..costs import OpShape, conv_output, count_elements
+from .parts import check_odd
+
+
+class _ZeroFunction(torch.autograd.Function):
+    """Zeros that stay connected to x, so that a loss behind them can be differentiated (to zero)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_zeros(shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(()).expand(ctx.shape), None
+
+
+class Zero(nn.Module):
+    """The candidate that outputs zeros: in a residual block, choosing it removes the block (paper section 3.2.1).
+
+    x: (B, C, H, W) to (B, out_channels or C, ceil(H/stride), ceil(W/stride)); with stride 1 any shape, and tuples,
+    lists and dicts of tensors, each to zeros like itself. Further arguments are ignored.
+    """
+
+    name = "Zero"
+
+    def __init__(self, stride: int = 1, out_channels: int | None = None):
+        super().__init__()
+        check_positive(stride=stride, **({} if out_channels is None else {"out_channels": out_channels}))
+        self.stride, self.out_channels = stride, out_channels
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(Tensor, self._zeros, x)
+
+    def _zeros(self, x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        if self.stride > 1 or self.out_channels is not None:
+            if x.dim() != 4:
+                raise ValueError(f"x must have shape (batch, channels, height, width), got {shape}")
+            b, c, h, w = shape
+            shape = (b, self.out_channels or c, conv_output(h, self.stride), conv_output(w, self.stride))
+        return _ZeroFunction.apply(x, shape)
+
+    def with_shortcut(self, x: Tensor) -> Tensor:
+        """self(x) + x: x itself, where the zeros have its shape."""
+        return x if self.stride == 1 and self.out_channels is None else self(x) + x
+
+    outputs_zeros = launches_nothing = True
+
+    def why_not_recorded(self, x: Tensor) -> str:
+        """Empty: zeros can be recorded."""
+        return ""
+
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> None:
+        """Zero costs nothing."""
+        return None
+
+
+class Identity(nn.Module):
+    """The candidate that passes its first argument on (paper section 4.1: a skip connection)."""
+
+    name = "Identity"
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    launches_nothing = True
+
+    def why_not_recorded(self, x: Tensor) -> str:
+        """Empty: passing x on can be recorded."""
+        return ""
+
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> None:
+        """Identity costs nothing."""
+        return None
+
+
+class Pool(nn.Module):
+    """Average or max pooling, "same"-padded; the average leaves the padding out (official PoolingLayer)."""
+
+    def __init__(self, kind: str, channels: int, kernel_size: int = 3, stride: int = 1):
+        super().__init__()
+        if kind not in ("Avg", "Max"):
+            raise ValueError(f"kind must be 'Avg' or 'Max', got {kind!r}")
+        check_positive(channels=channels, stride=stride)
+        check_odd(kernel_size)
+        self.kind, self.channels, self.kernel_size, self.stride = kind, channels, kernel_size, stride
+        padding = kernel_size // 2
+        self.pool: nn.Module = (
+            nn.AvgPool2d(kernel_size, stride, padding, count_include_pad=False)
+            if kind == "Avg"
+            else nn.MaxPool2d(kernel_size, stride, padding)
+        )
+
+    @property
+    def name(self) -> str:
+        """E.g. 3x3_AvgPool."""
+        return f"{self.kernel_size}x{self.kernel_size}_{self.kind}Pool"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+    def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
+        """Cost at input (height, width, channels): no multiply-accumulates, as the official code counts."""
+        h, w, c = input
+        attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
+        output = (conv_output(h, self.stride), conv_output(w, self.stride), c)
+        return OpShape(f"{self.kind.lower()}_pool", input, output, attributes)
+
+
+class LinearLayer(nn.Module):
+    """The classifier: features (B, in) to logits (B, out). State-dict names linear.* as in the official LinearLayer."""
+
+    def __init__(self, in_features: int, out_features: int, dropout: float = 0.0):
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features)
+        self.in_features, self.out_features, self.dropout_rate = in_features, out_features, dropout
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x if self.dropout is None else self.dropout(x))
+
+    def shape(self, input: tuple[int, ...]) -> OpShape:
+        """Cost of pooling and classifying at input (height, width, channels): the table's Logits row."""
+        macs = self.in_features * self.out_features
+        return OpShape("Logits", input, (self.out_features,), (), macs, count_elements(self))

@@ -1,0 +1,286 @@
+"""ONNX graphs built module by module, in milliseconds where torch's exporter takes about half a second a block.
+
+The profiler needs a graph of every block of a space, and what it measures should be what `export.onnx` writes: both
+come from here. Modules of other types go through torch's exporter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from ..blocks import Identity, LinearLayer, MBConv, Pool, ResidualBlock, Zero
+from ..spaces.cell_net import EDGES, Cell, CellNet, Reduction
+from ..spaces.chain_net import ChainNet
+
+OPSET, IR_VERSION = 20, 10
+
+
+class Unsupported(TypeError):
+    """A module type this builder has no ONNX form for."""
+
+
+class OnnxGraph:
+    """Nodes and initializers of one graph under construction; values are referred to by name."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        output = f"{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, value: Tensor | np.ndarray | float) -> str:
+        array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else np.asarray(value, np.float32)
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name
+
+    def model(self, input_shape: Iterable[int | str], output: str) -> onnx.ModelProto:
+        """The checked model from the float32 value `input` to `output`, which the value named here becomes."""
+        if self.nodes and self.nodes[-1].output[0] == output:
+            self.nodes[-1].output[0] = "output"
+        else:
+            self.nodes.append(helper.make_node("Identity", [output], ["output"], name="identity"))
+        graph = helper.make_graph(
+            self.nodes,
+            "proxyless_fast",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, list(input_shape))],
+            [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
+            list(self.initializers.values()),
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="proxyless_fast",
+        )
+        model = onnx.shape_inference.infer_shapes(model)
+        onnx.checker.check_model(model)
+        return model
+
+
+def build(module: nn.Module, input_shape: Sequence[int], dynamic_batch: bool = False) -> onnx.ModelProto:
+    """The ONNX model of a module in evaluation, float32, one input (B, C, H, W) called `input`, one output `output`.
+
+    input_shape: (C, H, W). The batch is 1, or the symbol `batch`. Modules this builder does not know are traced by
+    torch's exporter, which raises its own errors where that cannot be done.
+    """
+    graph = OnnxGraph()
+    try:
+        output = emit(module, graph, "input")
+    except Unsupported:
+        return _trace(module, input_shape, dynamic_batch)
+    return graph.model(["batch" if dynamic_batch else 1, *input_shape], output)
+
+
+def input_shape_of(net: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """(C, H, W): what was given, else the net's own in_channels and resolution; ValueError where neither tells."""
+    if given is None:
+        channels, side = getattr(net, "in_channels", None), getattr(net, "resolution", None)
+        if not isinstance(channels, int) or not isinstance(side, int):
+            raise ValueError(f"input_shape must be given for a {type(net).__name__}")
+        return channels, side, side
+    if len(given) != 3 or not all(isinstance(size, int) and size > 0 for size in given):
+        raise ValueError(f"input_shape must be (channels, height, width), got {tuple(given)}")
+    channels, height, width = given
+    return channels, height, width
+
+
+def _trace(module: nn.Module, input_shape: Sequence[int], dynamic_batch: bool) -> onnx.ModelProto:
+    parameter = next(module.parameters(), torch.empty(0))
+    # a traced size of 1 would be taken for a constant
+    example = torch.zeros(2 if dynamic_batch else 1, *input_shape, device=parameter.device)
+    dynamic_shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    training = module.training
+    try:
+        program = torch.onnx.export(
+            module.eval(), (example,), dynamo=True, verbose=False, opset_version=OPSET,
+            input_names=["input"], output_names=["output"], dynamic_shapes=dynamic_shapes,
+        )  # fmt: skip
+    finally:
+        module.train(training)
+    assert program is not None
+    return program.model_proto
+
+
+def _pair(value: int | tuple[int, ...]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+@singledispatch
+def emit(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -> str:
+    """Append the inference form of `module`, applied to the value `x`, and return the name of its output.
+
+    `name` is the module's place in the net and prefixes its parameters, as in a state dict.
+    """
+    raise Unsupported(f"no ONNX form for {type(module).__name__} ({name or 'the module itself'})")
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def emit_children(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -> str:
+    """For modules whose forward applies their children in order."""
+    for child_name, child in module.named_children():
+        x = emit(child, graph, x, _join(name, child_name))
+    return x
+
+
+for _kind in (nn.Sequential, nn.ModuleList, MBConv, LinearLayer, Pool):
+    emit.register(_kind)(emit_children)
+
+
+@emit.register(nn.Identity)
+@emit.register(Identity)
+@emit.register(nn.Dropout)
+def _(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return x
+
+
+@emit.register
+def _(module: nn.Conv2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise Unsupported(f"no ONNX form for padding {module.padding!r}, mode {module.padding_mode!r} ({name})")
+    parameters = [graph.constant(_join(name, "weight"), module.weight)]
+    if module.bias is not None:
+        parameters.append(graph.constant(_join(name, "bias"), module.bias))
+    return graph.node(
+        "Conv", x, *parameters,
+        kernel_shape=_pair(module.kernel_size), strides=_pair(module.stride), pads=_pair(module.padding) * 2,
+        dilations=_pair(module.dilation), group=module.groups,
+    )  # fmt: skip
+
+
+@emit.register
+def _(module: nn.BatchNorm2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    mean, var = module.running_mean, module.running_var
+    if mean is None or var is None or module.weight is None:
+        raise Unsupported(f"no ONNX form for a batch norm without running statistics or affine weights ({name})")
+    names = ("weight", "bias", "running_mean", "running_var")
+    parameters = [graph.constant(_join(name, key), getattr(module, key)) for key in names]
+    return graph.node("BatchNormalization", x, *parameters, epsilon=module.eps)
+
+
+@emit.register
+def _(module: nn.ReLU6, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node("Clip", x, graph.constant("relu6_min", 0.0), graph.constant("relu6_max", 6.0))
+
+
+@emit.register
+def _(module: nn.ReLU, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node("Relu", x)
+
+
+@emit.register
+def _(module: nn.AvgPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node(
+        "AveragePool", x, kernel_shape=_pair(module.kernel_size), strides=_pair(module.stride),
+        pads=_pair(module.padding) * 2, ceil_mode=int(module.ceil_mode),
+        count_include_pad=int(module.count_include_pad),
+    )  # fmt: skip
+
+
+@emit.register
+def _(module: nn.MaxPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node(
+        "MaxPool", x, kernel_shape=_pair(module.kernel_size), strides=_pair(module.stride),
+        pads=_pair(module.padding) * 2, dilations=_pair(module.dilation), ceil_mode=int(module.ceil_mode),
+    )  # fmt: skip
+
+
+@emit.register
+def _(module: nn.AdaptiveAvgPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    if module.output_size not in (1, (1, 1)):
+        raise Unsupported(f"no ONNX form for adaptive pooling to {module.output_size} ({name})")
+    return graph.node("GlobalAveragePool", x)
+
+
+@emit.register
+def _(module: nn.Flatten, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node("Flatten", x, axis=module.start_dim)
+
+
+@emit.register
+def _(module: nn.Linear, graph: OnnxGraph, x: str, name: str = "") -> str:
+    parameters = [graph.constant(_join(name, "weight"), module.weight)]
+    if module.bias is not None:
+        parameters.append(graph.constant(_join(name, "bias"), module.bias))
+    return graph.node("Gemm", x, *parameters, transB=1)
+
+
+@emit.register
+def _(module: nn.SiLU, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node("Mul", x, graph.node("Sigmoid", x))
+
+
+@emit.register
+def _(module: nn.Hardswish, graph: OnnxGraph, x: str, name: str = "") -> str:
+    return graph.node("HardSwish", x)
+
+
+@emit.register
+def _(module: Zero, graph: OnnxGraph, x: str, name: str = "") -> str:
+    if module.stride != 1 or module.out_channels is not None:
+        raise Unsupported(f"no ONNX form for a Zero that changes the shape ({name})")
+    return graph.node("Mul", x, graph.constant("zero", 0.0))
+
+
+@emit.register
+def _(module: ResidualBlock, graph: OnnxGraph, x: str, name: str = "") -> str:
+    op = module.mobile_inverted_conv
+    if module.shortcut and isinstance(op, Zero):
+        return x
+    y = emit(op, graph, x, _join(name, "mobile_inverted_conv"))
+    return graph.node("Add", y, x) if module.shortcut else y
+
+
+@emit.register
+def _(module: ChainNet, graph: OnnxGraph, x: str, name: str = "") -> str:
+    x = emit(module.first_conv, graph, x, _join(name, "first_conv"))
+    x = emit(module.blocks, graph, x, _join(name, "blocks"))
+    x = emit(module.feature_mix_layer, graph, x, _join(name, "feature_mix_layer"))
+    x = graph.node("Flatten", graph.node("GlobalAveragePool", x), axis=1)
+    return emit(module.classifier, graph, x, _join(name, "classifier"))
+
+
+@emit.register
+def _(module: Cell, graph: OnnxGraph, x: str, name: str = "") -> str:
+    nodes = [x]
+    edges = list(zip(EDGES, module.edges, strict=True))
+    for node in range(1, 4):
+        incoming = [(i, source, op) for i, ((source, target), op) in enumerate(edges) if target == node]
+        # a sum leaves its zeros out, unless there is nothing else
+        summed = [term for term in incoming if not isinstance(term[2], Zero)] or incoming[:1]
+        terms = [emit(op, graph, nodes[source], _join(name, f"edges.{i}")) for i, source, op in summed]
+        total = terms[0]
+        for term in terms[1:]:
+            total = graph.node("Add", total, term)
+        nodes.append(total)
+    return nodes[-1]
+
+
+@emit.register
+def _(module: Reduction, graph: OnnxGraph, x: str, name: str = "") -> str:
+    shortcut = emit(module.downsample, graph, x, _join(name, "downsample"))
+    y = emit(module.conv_a, graph, x, _join(name, "conv_a"))
+    return graph.node("Add", shortcut, emit(module.conv_b, graph, y, _join(name, "conv_b")))
+
+
+@emit.register
+def _(module: CellNet, graph: OnnxGraph, x: str, name: str = "") -> str:
+    x = emit(module.stem, graph, x, _join(name, "stem"))
+    x = emit(module.body, graph, x, _join(name, "body"))
+    x = emit(module.lastact, graph, x, _join(name, "lastact"))
+    x = graph.node("Flatten", graph.node("GlobalAveragePool", x), axis=1)
+    return emit(module.classifier, graph, x, _join(name, "classifier"))

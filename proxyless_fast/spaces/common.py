@@ -1,0 +1,28 @@
+"""What all spaces share: the first weights of their nets, and their layers as costs see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..costs import Layer
+from ..mixed import MixedOp
+
+
+def describe_layer(name: str, op: nn.Module, size: tuple[int, ...], idskip: int) -> Layer:
+    """The layer of one operation, or of the candidates of a mixed op, at input (height, width, channels)."""
+    mixed = op if isinstance(op, MixedOp) else None
+    modules: tuple[Any, ...] = (op,) if mixed is None else tuple(mixed.candidates)
+    return Layer(name, tuple(module.shape(size, idskip=idskip) for module in modules), modules, mixed)
+
+
+def initialise(net: nn.Module) -> None:
+    """He initialisation by fan-out for convolutions, uniform for the classifier (official init_model "he_fout")."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
