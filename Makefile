@@ -3,28 +3,38 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
 BIN := .venv/bin
+# Twice quiet: warnings of pip about its own configuration would bury the lines that say how far it is.
+PIP := $(BIN)/pip install -qq --disable-pip-version-check
+CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help search test bench bench-gpu tune-gpu lint format sanitize clean
+.PHONY: help search test test-quick bench bench-gpu tune-gpu lint format docs dist sanitize clean
 
 help:
-	@echo "make search   search, derive, train and export a network for this machine (ARGS=... are passed on)"
-	@echo "make test     every test"
-	@echo "make bench    memory and speed, as ratios within one run"
-	@echo "make bench-gpu correctness and speed on a GPU (exit code 2 without one)"
-	@echo "make tune-gpu the GPU kernels' table of configurations, measured on this card (exit code 2 without one)"
-	@echo "make lint     ruff, mypy, clang-format (make format applies what can be applied)"
-	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan, without torch (a minute or two)"
-	@echo "make clean    remove what was built; .venv and runs/ stay"
+	@echo "make search     search, derive, train and export a network for this machine (ARGS=... are passed on)"
+	@echo "make test       every test"
+	@echo "make test-quick the tests to run while working: under a minute"
+	@echo "make bench      memory and speed, as ratios within one run"
+	@echo "make bench-gpu  correctness and speed on a GPU (exit code 2 without one)"
+	@echo "make tune-gpu   the GPU kernels' table of configurations, measured on this card (exit code 2 without one)"
+	@echo "make lint       ruff, mypy, clang-format (make format applies what can be applied)"
+	@echo "make docs       the documentation as a site in build/docs; warnings are errors"
+	@echo "make dist       source distribution and wheel in dist/, tried in a clean environment"
+	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, without torch (a minute or two)"
+	@echo "make clean      remove what was built; .venv and runs/ stay"
 
 .venv/installed: requirements.txt
 	@echo "[1/2] Python environment in .venv: $(TORCH) and requirements.txt (a minute or two)"
 	@$(PYTHON) -m venv .venv || { echo "No venv module for $(PYTHON): on Debian and Ubuntu, 'apt-get install python3-venv' brings it." >&2; exit 2; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -r requirements.txt
+	@$(PIP) $(TORCH) -r requirements.txt
 	@touch $@
 
 .venv/built: .venv/installed pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	@echo "[2/2] C++ extension"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@echo "[2/2] C++ extension (about a minute on two cores)"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.venv/docs: .venv/installed docs/requirements.txt
+	@$(PIP) -r docs/requirements.txt
 	@touch $@
 
 search: .venv/built
@@ -33,25 +43,35 @@ search: .venv/built
 test: .venv/built
 	@$(BIN)/pytest $(ARGS)
 
+test-quick: .venv/built
+	@$(BIN)/pytest -m "not slow" $(ARGS)
+
 bench: .venv/built
 	@$(BIN)/proxyless-fast bench $(ARGS)
 
 bench-gpu: .venv/built
-	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 tune-gpu: .venv/built
-	@$(BIN)/python benchmarks/gpu_tune.py $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu.tune $(ARGS)
 
 lint: .venv/built
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	@$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: .venv/built
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	@$(BIN)/clang-format -i $(CPP_FILES)
+
+docs: .venv/docs
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
+
+dist: .venv/installed
+	@tests/dist/run.sh "$(PYTHON)" "$(TORCH)"
 
 sanitize:
 	@csrc/tests/sanitize.sh

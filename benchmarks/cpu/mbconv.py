@@ -1,4 +1,4 @@
-"""The fused MBConv against eager channels_last PyTorch, block by block: python benchmarks/ops_mbconv.py [--batch 32].
+"""The fused MBConv against eager channels_last PyTorch, block by block: python -m benchmarks.cpu.mbconv [--batch 32].
 
 Runs of the two alternate in one process, and the fastest of each counts: other work on the machine disturbs it least;
 the correctness gate comes first. FLOPs are those of the plain algorithm, two per multiply-add, so that recomputation

@@ -59,7 +59,7 @@ class Block:
         self.params = [t for w in weights for t in (w, torch.rand(w.shape[0]) + 0.5, torch.randn(w.shape[0]))]
         self.x = _images(inputs, side)
         self.grad = _images(outputs, (side - 1) // self.stride + 1)
-        self.function = ops.mbconv if how == "op" else ops.mbconv_reference
+        self.function = ops.mbconv.mbconv if how == "op" else ops.mbconv_reference
         self.probing = ops.probe if how == "op" else ops.probe_reference
 
     def double(self) -> "Block":
