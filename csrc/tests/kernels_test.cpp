@@ -53,10 +53,10 @@ template <typename T>
 void run(const KernelsFor<T>& kernels, int64_t images, int64_t ci, int64_t ratio, int64_t co, int64_t h, int64_t w,
          int64_t k, int64_t s) {
   const double tolerance = sizeof(T) == 4 ? 2e-3 : 1e-10;
-  MBConv<T> f{};
+  MBConvArgs<T> f{};
   f.images = images, f.ci = ci, f.ch = ci * ratio, f.co = co, f.h = h, f.w = w, f.kernel = k, f.stride = s;
   f.ho = (h - 1) / s + 1, f.wo = (w - 1) / s + 1, f.expand = ratio > 1;
-  f.activation = Activation::clamp, f.low = 0, f.high = 6;
+  f.activation = ActivationForm::clamp, f.low = 0, f.high = 6;
   const int64_t in = images * h * w, out = images * f.ho * f.wo, wide = blocks(f.ch) * lanes, ch = f.ch, pad = k / 2;
   Buffer<T> x(in * ci), w1(ch * ci), wd(ch * k * k), wp(co * ch), y(out * co), grad(out * co);
   for (auto* b : {&x, &w1, &wd, &wp, &grad}) b->draw();
@@ -172,7 +172,7 @@ void run(const KernelsFor<T>& kernels, int64_t images, int64_t ci, int64_t ratio
   const int64_t rows = std::max<int64_t>(1, h / 2);
   for (int64_t n = 0; n < images; ++n)
     for (int64_t row = 0; row < h; row += rows) {
-      const Strip strip{n, 1, row, std::min(rows, h - row)};
+      const InputStrip strip{n, 1, row, std::min(rows, h - row)};
       Buffer<T> strip_memory(strip_scratch(f, 1, strip.rows));
       kernels.backward_expand(f, strip, d.get(), dz.get(), block, dx_out.get(), sums, strip_memory.get());
     }
@@ -220,10 +220,10 @@ template <typename T>
 void run_conv(const KernelsFor<T>& kernels, int64_t images, int64_t ci, int64_t co, int64_t h, int64_t w, int64_t k,
               int64_t s) {
   const double tolerance = sizeof(T) == 4 ? 2e-3 : 1e-10;
-  Conv<T> f{};
+  ConvArgs<T> f{};
   f.images = images, f.ci = ci, f.co = co, f.h = h, f.w = w, f.kernel = k, f.stride = s;
   f.ho = (h - 1) / s + 1, f.wo = (w - 1) / s + 1;
-  f.activation = Activation::clamp, f.low = 0, f.high = 6;
+  f.activation = ActivationForm::clamp, f.low = 0, f.high = 6;
   const int64_t n = depth(f), rows = images * f.ho, pixels = rows * f.wo;
   Buffer<T> x(images * h * w * ci), weight(co * n), grad(pixels * co), center(blocks(n) * lanes, 0),
       bias(blocks(co) * lanes, 0), panel(blocks(co) * n * lanes, 0), out(pixels * co), scratch(conv_scratch(f)),

@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-"$here/../build/sanitize"}
 mkdir -p "$build"
 flags="-std=c++20 -O1 -g -Wall -Wextra -Werror -fno-math-errno -ffp-contract=fast -fsanitize=address,undefined
-  -fno-sanitize-recover=all -I$here -I$here/cpu"
+  -fno-sanitize-recover=all -I$here"
 cxx=${CXX:-c++}
 sets="baseline"
 have=""

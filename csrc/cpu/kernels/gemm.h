@@ -4,8 +4,8 @@
 #pragma once
 #include <utility>
 
+#include "cpu/kernels/vec.h"
 #include "cpu/mbconv.h"
-#include "kernels/vec.h"
 
 namespace pf::cpu::PF_ISA {
 
@@ -31,7 +31,7 @@ struct Ahead {
 };
 
 template <typename T>
-struct Product {
+struct ProductArgs {
   const T* a;  // [k / 16][a_block elements: row * 16 + k % 16], or transposed [k * 16 + row]
   int64_t a_block;
   const T* b;  // [block][k * 16 + column]
@@ -46,7 +46,7 @@ struct Product {
 };
 
 template <typename T>
-struct Tile {
+struct RegisterTile {
   static constexpr int vectors = static_cast<int>(lanes) / Vec<T>::width;  // of a block
   static constexpr int blocks = vectors == 1 ? 2 : 1;
   static constexpr int spare = vector_registers == 32 ? 28 : 12;  // accumulators; the rest hold A and B
@@ -54,9 +54,9 @@ struct Tile {
 };
 
 template <typename T, int R, int B, bool Transposed>
-void product_tile(const Product<T>& p) {
+void product_tile(const ProductArgs<T>& p) {
   using V = Vec<T>;
-  constexpr int w = V::width, vectors = Tile<T>::vectors, n = B * vectors;
+  constexpr int w = V::width, vectors = RegisterTile<T>::vectors, n = B * vectors;
   constexpr int64_t step = Transposed ? 1 : lanes;
   V acc[R][n];
 #pragma GCC unroll 32
@@ -112,18 +112,18 @@ void product_tile(const Product<T>& p) {
 }
 
 template <typename T, int B, bool Transposed, int... R>
-void product_rows(int rows, const Product<T>& p, std::integer_sequence<int, R...>) {
-  static constexpr void (*tiles[])(const Product<T>&) = {product_tile<T, R + 1, B, Transposed>...};
+void product_rows(int rows, const ProductArgs<T>& p, std::integer_sequence<int, R...>) {
+  static constexpr void (*tiles[])(const ProductArgs<T>&) = {product_tile<T, R + 1, B, Transposed>...};
   tiles[rows - 1](p);
 }
 
 // C over `rows` rows and `columns` blocks. Transposed: A is given as [k][row], at most 16 rows.
 template <typename T, bool Transposed = false>
-void product(int64_t rows, int64_t columns, const Product<T>& all) {
-  constexpr int most = Tile<T>::rows < lanes ? Tile<T>::rows : static_cast<int>(lanes);
+void product(int64_t rows, int64_t columns, const ProductArgs<T>& all) {
+  constexpr int most = RegisterTile<T>::rows < lanes ? RegisterTile<T>::rows : static_cast<int>(lanes);
   const int64_t tiles = (rows + most - 1) / most;
-  for (int64_t j = 0; j < columns; j += Tile<T>::blocks) {
-    Product<T> p = all;
+  for (int64_t j = 0; j < columns; j += RegisterTile<T>::blocks) {
+    ProductArgs<T> p = all;
     p.b += j * all.b_block;
     if (all.bias != nullptr) p.bias += j * lanes;
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
@@ -131,8 +131,8 @@ void product(int64_t rows, int64_t columns, const Product<T>& all) {
       p.a = all.a + row * (Transposed ? 1 : lanes);
       p.c = all.c + j * all.c_block + row * lanes;
       const auto heights = std::make_integer_sequence<int, most>();
-      if (Tile<T>::blocks == 2 && j + 1 < columns)
-        product_rows<T, Tile<T>::blocks, Transposed>(static_cast<int>(next - row), p, heights);
+      if (RegisterTile<T>::blocks == 2 && j + 1 < columns)
+        product_rows<T, RegisterTile<T>::blocks, Transposed>(static_cast<int>(next - row), p, heights);
       else
         product_rows<T, 1, Transposed>(static_cast<int>(next - row), p, heights);
       row = next;
