@@ -65,7 +65,7 @@ DepthwiseShape check_depthwise_gradient(const char* op, const DepthwiseInput& in
 
 namespace {
 
-Tensor channels_last(const Tensor& t, at::ScalarType type) {
+Tensor channels_last_as(at::ScalarType type, const Tensor& t) {
   Tensor out = at::empty(t.sizes(), t.options().dtype(type).memory_format(at::MemoryFormat::ChannelsLast));
   return out.copy_(t);
 }
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_forward(const Tensor& x, const Tens
   const int64_t pad = shape.kernel / 2;
   Tensor d = at::convolution(input.e, weight.to(accumulate_type(x)), std::nullopt, {stride, stride}, {pad, pad}, {1, 1},
                              false, {0, 0}, shape.channels);
-  d = channels_last(d, x.scalar_type());
+  d = channels_last_as(x.scalar_type(), d);
   // Statistics of what was stored, which is what the next pass normalises.
   auto [var, mean] = at::var_mean(d.to(accumulate_type(x)), at::OptionalIntArrayRef({0, 2, 3}), at::Scalar(0));
   return {d, mean, var};
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(const char* op, const DepthwiseGra
                                {1, 1}, false, {0, 0}, in.x.size(1), {wanted[0], wanted[1], false});
   if (wanted[0]) {
     if (mask) q = q * ((input.u > 0) & (input.u < 6));
-    q = channels_last(q, in.x.scalar_type());
+    q = channels_last_as(in.x.scalar_type(), q);
   }
   if (wanted[1]) dw = dw.to(in.weight.scalar_type()).contiguous();
   return {q, dw};

@@ -18,8 +18,6 @@ using at::Tensor;
 using cpu::blocks;
 using cpu::lanes;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void check_vector(const char* op, const char* name, const Tensor& t, int64_t n, const Tensor& x) {
   TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == n, op, ": ", name, " must have shape (", n, ",), got ", t.sizes());
   TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x, ", x.scalar_type(),
@@ -256,7 +254,17 @@ cpu::MBConvArgs<T> FoldedMBConv<T>::image(int64_t i) const {
   return one;
 }
 
-template class FoldedMBConv<float>;
-template class FoldedMBConv<double>;
+#define PF_INSTANTIATE(T)                                                     \
+  template FoldedMBConv<T>::FoldedMBConv(const MBConvInputs&);                \
+  template T* FoldedMBConv<T>::take(int64_t);                                 \
+  template const T* FoldedMBConv<T>::per_channel(const std::vector<double>&); \
+  template cpu::MBConvArgs<T> FoldedMBConv<T>::image(int64_t) const;          \
+  template void FoldedMBConv<T>::first_from_batch();                          \
+  template void FoldedMBConv<T>::set_first(Norm);                             \
+  template void FoldedMBConv<T>::set_second(Norm);                            \
+  template void FoldedMBConv<T>::pack_project(const std::vector<double>*);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+#undef PF_INSTANTIATE
 
 }  // namespace pf

@@ -32,6 +32,7 @@ struct MBConvInputs {
 MBConvInputs check_mbconv(const char* op, const at::Tensor& x, at::TensorList params, const Covariance& given,
                           int64_t stride, const std::string& activation, bool training, double eps);
 void check_running(const char* op, const MBConvInputs& a, at::TensorList running);
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 at::Tensor channels_last(const at::Tensor& t);  // t itself if its memory is already so
 
 // One batch norm: the statistics in use, and what follows from them.

@@ -20,8 +20,6 @@ using cpu::lanes;
 
 constexpr int64_t wanted_chunks = 16;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Zeroed partial sums, one row per chunk of the work, added up in order.
 template <typename S>
 class Partial {
@@ -422,7 +420,10 @@ std::vector<Tensor> FoldedMBConv<T>::backward(const Tensor& grad, const T* y, co
   return grads;
 }
 
-template class FoldedMBConv<float>;
-template class FoldedMBConv<double>;
+#define PF_INSTANTIATE(T) \
+  template std::vector<Tensor> FoldedMBConv<T>::backward(const Tensor&, const T*, const T*, const Tensor&, bool, bool);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+#undef PF_INSTANTIATE
 
 }  // namespace pf

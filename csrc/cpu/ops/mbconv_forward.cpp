@@ -21,8 +21,6 @@ constexpr int64_t wanted_units = 16;  // enough pieces of work for the threads o
 constexpr int64_t stream_bytes = 128 << 20;
 constexpr int64_t stream_images = 4;  // fewer are too few to share out
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void merge(double& count, double* mean, double* m2, double n, const double* other_mean, const double* other_m2,
            int64_t channels) {
   const double share = n / (count + n);
@@ -33,6 +31,8 @@ void merge(double& count, double* mean, double* m2, double n, const double* othe
   }
   count += n;
 }
+
+}  // namespace
 
 // Moments of every part of the work, each in memory of its own.
 struct PartialMoments {
@@ -55,8 +55,6 @@ struct PartialMoments {
     return norm;
   }
 };
-
-}  // namespace
 
 template <typename T>
 bool FoldedMBConv<T>::streams() const {
@@ -199,7 +197,15 @@ void FoldedMBConv<T>::infer(T* out) {
               });
 }
 
-template class FoldedMBConv<float>;
-template class FoldedMBConv<double>;
+#define PF_INSTANTIATE(T)                                         \
+  template bool FoldedMBConv<T>::streams() const;                 \
+  template Norm FoldedMBConv<T>::depthwise(T*, bool) const;       \
+  template Norm FoldedMBConv<T>::project(const T*, T*);           \
+  template double FoldedMBConv<T>::gate(const T*, const Tensor&); \
+  template void FoldedMBConv<T>::normalise(const T*, T*, bool);   \
+  template void FoldedMBConv<T>::infer(T*);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+#undef PF_INSTANTIATE
 
 }  // namespace pf
