@@ -133,6 +133,28 @@ void taps_gradient(const MBConvArgs<T>& f, const Reach<T>& reach, int64_t row, i
   }
 }
 
+// q of one block of `size` elements times the derivative at h, and its sums.
+template <typename T>
+void mask_gradient(const MBConvArgs<T>& f, int64_t block, int64_t size, const T* h, T* q, const ExpandSums<T>& sums) {
+  using V = Vec<T>;
+  with_activation<T>(f, [&](auto act) {
+    for (int64_t v = 0; v < lanes; v += V::width) {
+      const V bias = V::load(f.expand_bias + block * lanes + v);
+      V s = V::zero(), t = V::zero();
+      for (int64_t i = v; i < size; i += lanes) {
+        const V u = V::load(h + i), g = act.back(u, V::load(q + i));
+        g.store(q + i);
+        s = s + g;
+        t = fma(g, u - bias, t);
+      }
+      for (int l = 0; l < V::width; ++l) {
+        sums.q[block * lanes + v + l] += static_cast<double>(s.v[l]);
+        sums.qu[block * lanes + v + l] += static_cast<double>(t.v[l]);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 template <typename T>
@@ -261,23 +283,7 @@ void backward_expand(const MBConvArgs<T>& f, const InputStrip& strip, const T* d
           taps_gradient(f, reach, strip.row, strip.rows, vj + i * image_pixels * lanes, dd,
                         sums.taps + (b + j) * taps * lanes, lanes);
       }
-      if (!f.expand) continue;
-      with_activation<T>(f, [&](auto act) {
-        for (int64_t v = 0; v < lanes; v += w) {
-          const V bias = V::load(f.expand_bias + (b + j) * lanes + v);
-          V s = V::zero(), t = V::zero();
-          for (int64_t i = v; i < size; i += lanes) {
-            const V u = V::load(hj + i), g = act.back(u, V::load(qj + i));
-            g.store(qj + i);
-            s = s + g;
-            t = fma(g, u - bias, t);
-          }
-          for (int l = 0; l < w; ++l) {
-            sums.q[(b + j) * lanes + v + l] += static_cast<double>(s.v[l]);
-            sums.qu[(b + j) * lanes + v + l] += static_cast<double>(t.v[l]);
-          }
-        }
-      });
+      if (f.expand) mask_gradient(f, b + j, size, hj, qj, sums);
     }
     if (!f.expand) continue;
     if (sums.expand != nullptr)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")  # csrc/cuda/kernels.h, Activation
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -24,7 +24,7 @@ def compiler() -> str | None:
 
 def build(name: str, sources: list[Path], flags: list[str]) -> Path:
     """Compiles an executable into build/cuda_emulation, once per content of its sources and flags."""
-    files = sorted([*ROOT.glob("csrc/cuda/*"), *HERE.glob("*.cpp"), *HERE.glob("*.h")])
+    files = sorted([*ROOT.glob("csrc/cuda/**/*"), *HERE.glob("*.cpp"), *HERE.glob("*.h")])
     digest = hashlib.sha256(" ".join(flags).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     output = ROOT / "build" / "cuda_emulation" / f"{name}-{digest}"
     if not output.exists():

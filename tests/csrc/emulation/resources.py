@@ -41,7 +41,7 @@ def compile_kernels(architecture: int) -> list[Kernel]:
     """Machine code for sm_<architecture> of every kernel in csrc/cuda, thrown away; what ptxas says of it is kept."""
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+        for source in sorted(ROOT.glob("csrc/cuda/kernels/*.cu")):
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
             output = ["-Xptxas", "-v", "-cubin", "-o", str(Path(folder) / source.stem)]
             command = [str(nvcc()), *FLAGS, target, "-I", str(ROOT / "csrc"), *output, str(source)]
