@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
 BIN := .venv/bin
+CXX_FILES = $$(find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+export PROXYLESS_FAST_WERROR ?= 1
 
 .PHONY: help search test bench bench-gpu tune-gpu lint format sanitize clean
 
@@ -46,12 +48,12 @@ lint: .venv/built
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: .venv/built
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	@$(BIN)/clang-format -i $(CXX_FILES)
 
 sanitize:
 	@csrc/tests/sanitize.sh

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_fusion as fusion
 import gpu_model as model
 import gpu_table as table
-from cuda_emulation import emulate
 from gpu_launches import Shape, backward, compile_launch, distinct, every_launch, forward, recording, running
+
+from tests.csrc.emulation import emulate
 
 BATCH = 64
 

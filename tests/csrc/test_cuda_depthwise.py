@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulation import emulate, resources
 
 from proxyless_fast.ops import (
     bn_affine,
@@ -13,6 +12,7 @@ from proxyless_fast.ops import (
     depthwise_forward_reference,
     gram,
 )
+from tests.csrc.emulation import emulate, resources
 
 # batch, channels, height, width, kernel, stride: odd sizes, one image, channels under, over and off a vector's, one
 # pixel, several tiles down and across.

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulation import emulate
-from test_cuda_kernels import assert_as_exact, double, eager, relative
 
 from proxyless_fast.ops import expand_depthwise_backward_reference, expand_depthwise_forward_reference
 from proxyless_fast.ops.depthwise import ACTIVATIONS, expand_reference
+from tests.csrc.emulation import emulate
+from tests.csrc.test_cuda_depthwise import assert_as_exact, double, eager, relative
 
 # batch, channels of x, of e, height, width, kernel, stride, activation: fewer and more inputs than a step of 16, off a
 # vector's, one image, one pixel, several tiles, several chunks of channels.

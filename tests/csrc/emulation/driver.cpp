@@ -1,13 +1,11 @@
 // Runs the depthwise kernels on the CPU: `driver < request > answer`, both raw bytes in the order written below.
-// tests/test_cuda_kernels.py speaks to it.
+// tests/csrc/emulation/emulate.py speaks to it.
 #include <cstdio>
-#include <numeric>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
 
-#include "cuda/kernels/depthwise_backward.cuh"
-#include "cuda/kernels/depthwise_forward.cuh"
-#include "cuda/kernels/dispatch.cuh"
-#include "cuda/kernels/expand_depthwise.cuh"
-#include "cuda/kernels/reduce.cuh"
+#include "cuda/kernels.h"
 
 using namespace pf::cuda;
 
@@ -36,12 +34,6 @@ struct Request {
 };
 
 size_t element(ElementType type) { return type == ElementType::f64 ? 8 : type == ElementType::f32 ? 4 : 2; }
-
-template <typename A, typename P, typename Finish>
-void finish(P& p, int items, const Finish& kernel) {
-  const unsigned blocks = static_cast<unsigned>((items + reduce_lanes - 1) / reduce_lanes);
-  pf::emulation::launch({blocks}, reduce_threads, reduce_shared, [&] { kernel(p); });
-}
 
 void* input(Allocations& buffer, size_t bytes, size_t skew = 0) {
   void* p = buffer.allocate(bytes, skew);
@@ -74,11 +66,7 @@ void run(const Request& r) {
   const bool vectors = channels * size % 16 == 0 && r.skew == 0;
   auto tiling = r.backward ? backward_tiling(s, r.expand) : forward_tiling(s, r.expand);
   if (r.groups > 0 && r.groups < tiling.groups) tiling.groups = r.groups;
-  const dim3 grid{static_cast<unsigned>(tiling.chunks), static_cast<unsigned>(tiling.groups)};
   const size_t groups = static_cast<size_t>(tiling.groups);
-  const auto launch = [&](const auto& kernel) {
-    pf::emulation::launch(grid, tiling.threads, tiling.shared_bytes, kernel);
-  };
   if (!r.backward) {
     ForwardArgs p{s,
                   tiling,
@@ -92,13 +80,7 @@ void run(const Request& r) {
                   buffer.allocate(channels * wide, 0),
                   r.wide_weight != 0,
                   vectors};
-    if (expand != 0)
-      dispatch_half(
-          s, [&]<typename T, int K, int S>() { launch([&] { expand_depthwise_forward<T, K, S>({p, expansion}); }); });
-    dispatch(s, [&]<typename T, int K, int S>() {
-      if (expand == 0) launch([&] { depthwise_forward<T, K, S>(p); });
-      finish<Wide<T>>(p, s.channels, finish_statistics<Wide<T>>);
-    });
+    expand != 0 ? launch(ExpandForwardArgs{p, expansion}, nullptr) : launch(p, nullptr);
     output(p.d, out);
     output(p.mean, channels * wide);
     output(p.var, channels * wide);
@@ -115,13 +97,7 @@ void run(const Request& r) {
     p.partial = buffer.allocate(groups * taps * channels * wide, 0);
     p.dw = buffer.allocate(channels * taps * wide, 0);
   }
-  if (expand != 0)
-    dispatch_half(
-        s, [&]<typename T, int K, int S>() { launch([&] { expand_depthwise_backward<T, K, S>({p, expansion}); }); });
-  dispatch(s, [&]<typename T, int K, int S>() {
-    if (expand == 0) launch([&] { depthwise_backward<T, K, S>(p); });
-    if (r.want_dw) finish<Wide<T>>(p, static_cast<int>(taps) * s.channels, finish_weight<Wide<T>>);
-  });
+  expand != 0 ? launch(ExpandBackwardArgs{p, expansion}, nullptr) : launch(p, nullptr);
   if (r.want_q) output(p.q, in);
   if (r.want_dw) output(p.dw, channels * taps * wide);
 }

@@ -1,8 +1,6 @@
 """Builds the emulation driver and speaks to it."""
 
-import hashlib
 import os
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -11,31 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.csrc.emulation.compile import ROOT, executable
+
 HERE = Path(__file__).resolve().parent
 ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")  # csrc/cuda/kernels.h, Activation
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-
-
-def compiler() -> str | None:
-    """The C++ compiler of the build: $CXX, or the first of c++, g++, clang++."""
-    return os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-
-
-def build(name: str, sources: list[Path], flags: list[str]) -> Path:
-    """Compiles an executable into build/cuda_emulation, once per content of its sources and flags."""
-    files = sorted([*ROOT.glob("csrc/cuda/**/*"), *HERE.glob("*.cpp"), *HERE.glob("*.h")])
-    digest = hashlib.sha256(" ".join(flags).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    output = ROOT / "build" / "cuda_emulation" / f"{name}-{digest}"
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for old in output.parent.glob(f"{name}-*"):
-            old.unlink()
-        includes = ["-I", str(ROOT / "csrc"), "-I", str(HERE)]
-        command = [*str(compiler()).split(), "-std=c++20", *flags, *includes, *map(str, sources), "-o", str(output)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-    return output
 
 
 class Tiling(NamedTuple):
@@ -53,7 +31,7 @@ class Tiling(NamedTuple):
 
 def tilings(shapes: list[tuple[int, ...]]) -> list[Tiling]:
     """The host's tilings for (backward, type, batch, channels, height, width, kernel, stride, expand)."""
-    binary = build("tilings", [HERE / "tilings.cpp", ROOT / "csrc/cuda/tiling.cpp"], ["-O1"])
+    binary = executable("tilings", [HERE / "tilings.cpp", ROOT / "csrc/cuda/tiling.cpp"], ["-O1"])
     lines = "\n".join(" ".join(map(str, shape)) for shape in shapes)
     run = subprocess.run([binary], input=lines, capture_output=True, text=True, check=True)
     return [Tiling(*map(int, line.split())) for line in run.stdout.splitlines()]
@@ -71,8 +49,9 @@ class Emulated:
             "-pthread",
             "-Wno-unknown-pragmas",
         ]
-        sources = [HERE / "driver.cpp", ROOT / "csrc/cuda/tiling.cpp"]
-        self.binary = build(f"driver-{sanitizer.split(',')[0]}", sources, flags)
+        kernels = ("depthwise_forward", "depthwise_backward", "expand_depthwise")
+        sources = [*(HERE / f"{name}.cpp" for name in (*kernels, "driver")), ROOT / "csrc/cuda/tiling.cpp"]
+        self.binary = executable(f"driver-{sanitizer.split(',')[0]}", sources, flags)
 
     def _call(
         self, x, weight, stride, scale, shift, gradient, mask, wanted, skew, groups, expand=(None, None, "identity")

@@ -1,16 +1,17 @@
 """What the compiled CUDA kernels need on a card: registers, spills, shared memory, occupancy.
 
-`python -m tests.cuda_emulation.resources` prints the tables of docs/gpu-cuda.md.
+`python -m tests.csrc.emulation.resources` prints the tables of docs/gpu-cuda.md.
 """
 
+import functools
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from .emulate import ROOT, Tiling, tilings
+from tests.csrc.emulation.compile import ROOT, cached, compile_all, sources_of
+from tests.csrc.emulation.emulate import Tiling, tilings
 
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as CMakeLists.txt has them
 KERNEL = re.compile(r"\d((?:expand_)?depthwise_(?:forward|backward))I(6__half|13__nv_bfloat16|f)Li(\d)ELi(\d)E")
@@ -37,24 +38,36 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def toolkit() -> Path:
+    """The folder of nvcc's toolkit, as nvcc itself says it: nvcc in PATH may be a link or a script."""
+    said = subprocess.run([str(nvcc()), "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    return Path(re.search(r"TOP=(\S+)", said)[1]).resolve()
+
+
+@functools.cache
+def objects() -> Path:
+    """A folder with the objects of csrc/cuda/kernels for sm_80 and sm_90, and in *.txt what ptxas says of each."""
+    sources = sorted(ROOT.glob("csrc/cuda/kernels/*.cu"))
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in SHARED]
+    command = [str(nvcc()), *FLAGS, *targets, "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-I", str(ROOT / "csrc")]
+
+    def make(folder: Path) -> None:
+        for source, report in compile_all(command, sources, folder).items():
+            (folder / f"{source.stem}.txt").write_text(report)
+
+    return cached("machine-code", sources_of(ROOT / "csrc/cuda"), command, make)
+
+
 def compile_kernels(architecture: int) -> list[Kernel]:
-    """Machine code for sm_<architecture> of every kernel in csrc/cuda, thrown away; what ptxas says of it is kept."""
-    kernels = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(ROOT.glob("csrc/cuda/kernels/*.cu")):
-            target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-            output = ["-Xptxas", "-v", "-cubin", "-o", str(Path(folder) / source.stem)]
-            command = [str(nvcc()), *FLAGS, target, "-I", str(ROOT / "csrc"), *output, str(source)]
-            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-            kernels += parse(report)
-    return sorted(kernels)
+    """What ptxas says of every kernel in csrc/cuda for sm_<architecture>."""
+    return sorted(k for report in objects().glob("*.txt") for k in parse(report.read_text(), architecture))
 
 
-def parse(report: str) -> list[Kernel]:
-    """The kernels of a ptxas -v report."""
+def parse(report: str, architecture: int) -> list[Kernel]:
+    """The kernels for one architecture of a ptxas -v report."""
     pattern = re.compile(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
+        rf"Compiling entry function '(\S+)' for 'sm_{architecture}'.*?(\d+) bytes stack frame,"
+        r" (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
     kernels = []
