@@ -82,10 +82,11 @@ __device__ inline void load_dd(T* tile, const BackwardArgs& p, const Wide<T>* af
     });
 }
 
-// q of this thread's strip, from column x of the image: written to `out`, 0 where a bit of `open` is not set.
+// q of this thread's strip, from column x of the image: written to p.q + at, 0 where a bit of `open` is not set.
 template <typename T, int K, int S>
-__device__ inline void input_gradient(T* out, const T* dd, const Wide<T>* weights, const GradientShare<T, K, S>& share,
-                                      uint32_t open, int x, const BackwardArgs& p, int valid) {
+__device__ inline void input_gradient(int64_t at, const T* dd, const Wide<T>* weights,
+                                      const GradientShare<T, K, S>& share, uint32_t open, int x, const BackwardArgs& p,
+                                      Chunk chunk) {
   using A = Wide<T>;
   constexpr int width = GradientShare<T, K, S>::width, channels = chunk_channels<T>;
   A sums[width][quad] = {};
@@ -106,7 +107,7 @@ __device__ inline void input_gradient(T* out, const T* dd, const Wide<T>* weight
     Vector<T, quad> q;
 #pragma unroll
     for (int i = 0; i < quad; ++i) narrow((open >> (r * quad + i) & 1u) != 0 ? sums[r][i] : A(0), q.v[i]);
-    write(out + int64_t{r} * p.shape.channels, q, valid, p.vectors);
+    write(static_cast<T*>(p.q) + at + int64_t{r} * p.shape.channels, q, chunk.valid - share.strip.mine, p.vectors);
   }
 }
 
@@ -195,7 +196,7 @@ __device__ inline void gradient_tiles(unsigned char* shared, T* tile, const Back
     const int y = y0 + row, x = x0 + column;
     if (p.q != nullptr && row < tiling.height && y < s.height && mine < chunk.valid) {
       const int64_t at = ((int64_t{image} * s.height + y) * s.width + x) * s.channels + chunk.first + mine;
-      input_gradient(static_cast<T*>(p.q) + at, tile, weights, share, open, x, p, chunk.valid - mine);
+      input_gradient(at, tile, weights, share, open, x, p, chunk);
     }
     if (p.partial != nullptr && share.first < share.shares) weight_gradient(dw, tile, inputs, share, tiling);
   }

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +45,8 @@ def cached(name: str, reads: list[Path], command: Sequence[str], make: Callable[
             shutil.rmtree(old)
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             make(Path(folder) / "made")
-            (Path(folder) / "made").rename(output)
+            with suppress(OSError if output.exists() else ()):  # another session was faster
+                (Path(folder) / "made").rename(output)
     return output
 
 
