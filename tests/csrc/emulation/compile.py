@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,8 +44,11 @@ def cached(name: str, reads: list[Path], command: Sequence[str], make: Callable[
             shutil.rmtree(old)
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             make(Path(folder) / "made")
-            with suppress(OSError if output.exists() else ()):  # another session was faster
+            try:
                 (Path(folder) / "made").rename(output)
+            except OSError:
+                if not output.exists():  # else another session was faster
+                    raise
     return output
 
 
