@@ -23,22 +23,40 @@ def _require(module: str):
         )
 
 
-def _cuda_options(torch) -> list[str]:
-    """CMake's view of TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", also blank-separated), FORCE_CUDA and CUDA_HOME."""
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _cuda_architectures(torch) -> tuple[list[str], str]:
+    """The architectures to build CUDA kernels for, as CMake takes them, none for a build without; and why."""
     architectures = []
     for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
         if match is None:
             sys.exit(f"proxyless_fast: TORCH_CUDA_ARCH_LIST has {entry!r}; entries look like 8.0, 9.0a or 10.0+PTX.")
         architectures.append("".join(part or "" for part in match.groups()))
+    if architectures:
+        return architectures, "TORCH_CUDA_ARCH_LIST says so"
+    if _is_set("FORCE_CUDA"):
+        return ["all"], "FORCE_CUDA is set"
+    if torch.version.cuda is None:  # ROCm builds have torch.version.hip: the GPU path there is Triton alone
+        return [], f"torch {torch.__version__} is not a CUDA build"
+    if not torch.cuda.is_available():
+        return [], "no GPU was found, and neither FORCE_CUDA nor TORCH_CUDA_ARCH_LIST is set"
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(found)], "of the GPUs of this machine"
+
+
+def _cuda_options(torch) -> list[str]:
+    architectures, why = _cuda_architectures(torch)
     home = os.environ.get("CUDA_HOME")
     if home and "CUDACXX" not in os.environ:
         os.environ["CUDACXX"] = str(Path(home) / "bin" / "nvcc")
     return [
-        # ROCm builds have torch.version.hip and no torch.version.cuda: the GPU path there is Triton alone.
         f"-DTORCH_CUDA_VERSION={(torch.version.cuda or '').split('.')[0]}",
         f"-DCUDA_ARCHITECTURES={';'.join(architectures)}",
-        f"-DFORCE_CUDA={'ON' if os.environ.get('FORCE_CUDA', '0') not in ('', '0') else 'OFF'}",
+        f"-DCUDA_REASON={why}",
+        f"-DFORCE_CUDA={'ON' if _is_set('FORCE_CUDA') else 'OFF'}",
     ]
 
 
@@ -74,6 +92,7 @@ class CMakeBuild(build_ext):
                 f"-DTORCH_LIBRARY_DIR={cpp_extension.library_paths()[0]}",
                 f"-DTORCH_CXX_STANDARD={standard}",
                 f"-DTORCH_VERSION={torch.__version__}",
+                f"-DWARNINGS_AS_ERRORS={'ON' if _is_set('PROXYLESS_FAST_WERROR') else 'OFF'}",
                 *_cuda_options(torch),
             ],
             check=True,

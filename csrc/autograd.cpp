@@ -13,16 +13,16 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-using Optional = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
 template <typename F>
 auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
 }
 
-using Statistics = std::tuple<Tensor, Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
 const auto& gram_op() {
-  static const auto f = op<Statistics(const Tensor&)>("proxyless_fast::gram");
+  static const auto f = op<TwoTensors(const Tensor&)>("proxyless_fast::gram");
   return f;
 }
 const auto& gate_dot_op() {
@@ -30,7 +30,7 @@ const auto& gate_dot_op() {
   return f;
 }
 
-struct Gram : Function<Gram> {
+struct GramFunction : Function<GramFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [mean, cov] = gram_op().call(x);
@@ -48,7 +48,7 @@ struct Gram : Function<Gram> {
   }
 };
 
-struct GateDot : Function<GateDot> {
+struct GateDotFunction : Function<GateDotFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({a, b});
@@ -60,16 +60,18 @@ struct GateDot : Function<GateDot> {
   }
 };
 
-using Block = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 const auto& mbconv_op() {
-  static const auto f = op<Block(const Tensor&, at::TensorList, at::TensorList, const Optional&, const Optional&,
-                                 int64_t, std::string_view, bool, double, int64_t, bool)>("proxyless_fast::mbconv");
+  static const auto f =
+      op<FourTensors(const Tensor&, at::TensorList, at::TensorList, const OptionalTensor&, const OptionalTensor&,
+                     int64_t, std::string_view, bool, double, int64_t, bool)>("proxyless_fast::mbconv");
   return f;
 }
 const auto& mbconv_backward_op() {
   static const auto f = op<std::tuple<Tensor, std::vector<Tensor>>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList, const Optional&,
-      const Optional&, int64_t, std::string_view, bool, double, bool, bool, bool)>("proxyless_fast::mbconv_backward");
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList, const OptionalTensor&,
+      const OptionalTensor&, int64_t, std::string_view, bool, double, bool, bool, bool)>(
+      "proxyless_fast::mbconv_backward");
   return f;
 }
 
@@ -81,12 +83,12 @@ void keep_options(AutogradContext* ctx, int64_t stride, std::string_view activat
   ctx->saved_data["eps"] = eps;
 }
 
-Optional defined(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-struct MBConv : Function<MBConv> {
+struct MBConvFunction : Function<MBConvFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList params, at::TensorList running,
-                               const Optional& mean, const Optional& cov, int64_t stride, std::string_view activation,
-                               bool training, double eps, int64_t keep, bool shortcut) {
+                               const OptionalTensor& mean, const OptionalTensor& cov, int64_t stride,
+                               std::string_view activation, bool training, double eps, int64_t keep, bool shortcut) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [out, y, d, statistics] =
         mbconv_op().call(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut);
@@ -123,7 +125,7 @@ struct MBConv : Function<MBConv> {
 
 const auto& batch_norm_act_op() {
   static const auto f =
-      op<Statistics(const Tensor&, const Tensor&, const Tensor&, at::TensorList, std::string_view, bool, double)>(
+      op<TwoTensors(const Tensor&, const Tensor&, const Tensor&, at::TensorList, std::string_view, bool, double)>(
           "proxyless_fast::batch_norm_act");
   return f;
 }
@@ -134,7 +136,7 @@ const auto& batch_norm_act_backward_op() {
   return f;
 }
 
-struct BatchNormAct : Function<BatchNormAct> {
+struct BatchNormActFunction : Function<BatchNormActFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
                                at::TensorList running, std::string_view activation, bool training, double eps) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -157,8 +159,8 @@ struct BatchNormAct : Function<BatchNormAct> {
 };
 
 const auto& conv_op() {
-  static const auto f = op<Block(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList, int64_t,
-                                 std::string_view, bool, double)>("proxyless_fast::conv_norm_act");
+  static const auto f = op<FourTensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList,
+                                       int64_t, std::string_view, bool, double)>("proxyless_fast::conv_norm_act");
   return f;
 }
 const auto& conv_backward_op() {
@@ -168,7 +170,7 @@ const auto& conv_backward_op() {
   return f;
 }
 
-struct ConvNormAct : Function<ConvNormAct> {
+struct ConvNormActFunction : Function<ConvNormActFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& gamma,
                                const Tensor& beta, at::TensorList running, int64_t stride, std::string_view activation,
                                bool training, double eps) {
@@ -193,26 +195,28 @@ struct ConvNormAct : Function<ConvNormAct> {
   }
 };
 
-Statistics gram(const Tensor& x) {
-  auto r = Gram::apply(x);
+TwoTensors gram(const Tensor& x) {
+  auto r = GramFunction::apply(x);
   return {r[0], r[1]};
 }
-Tensor gate_dot(const Tensor& a, const Tensor& b) { return GateDot::apply(a, b); }
-Block mbconv(const Tensor& x, at::TensorList params, at::TensorList running, const Optional& mean, const Optional& cov,
-             int64_t stride, std::string_view activation, bool training, double eps, int64_t keep, bool shortcut) {
-  auto r = MBConv::apply(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut);
+Tensor gate_dot(const Tensor& a, const Tensor& b) { return GateDotFunction::apply(a, b); }
+FourTensors mbconv(const Tensor& x, at::TensorList params, at::TensorList running, const OptionalTensor& mean,
+                   const OptionalTensor& cov, int64_t stride, std::string_view activation, bool training, double eps,
+                   int64_t keep, bool shortcut) {
+  auto r = MBConvFunction::apply(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut);
   return {r[0], r[1], r[2], r[3]};
 }
-Statistics batch_norm_act(const Tensor& x, const Tensor& weight, const Tensor& bias, at::TensorList running,
+TwoTensors batch_norm_act(const Tensor& x, const Tensor& weight, const Tensor& bias, at::TensorList running,
                           std::string_view activation, bool training, double eps) {
-  auto r = BatchNormAct::apply(x, weight, bias, running, activation, training, eps);
+  auto r = BatchNormActFunction::apply(x, weight, bias, running, activation, training, eps);
   return {r[0], r[1]};
 }
-Block conv_norm_act(const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
-                    at::TensorList running, int64_t stride, std::string_view activation, bool training, double eps) {
+FourTensors conv_norm_act(const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
+                          at::TensorList running, int64_t stride, std::string_view activation, bool training,
+                          double eps) {
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && x.requires_grad()),
                     "conv_norm_act: x must not need a gradient; a convolution inside a net runs as torch's own");
-  auto r = ConvNormAct::apply(x, weight, gamma, beta, running, stride, activation, training, eps);
+  auto r = ConvNormActFunction::apply(x, weight, gamma, beta, running, stride, activation, training, eps);
   return {r[0], r[1], r[2], r[3]};
 }
 

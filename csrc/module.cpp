@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
-#include "memory.h"
+#include "cpu/ops/memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of proxyless_fast; importing it registers torch.ops.proxyless_fast.";

@@ -44,7 +44,7 @@ TORCH_LIBRARY(proxyless_fast, m) {
 
   m.def("update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
 
-  // Depthwise convolution with batch-norm prologues: depthwise.cpp for every device, cuda/ where it is built.
+  // Depthwise convolution with batch-norm prologues: generic/ for every device, cuda/ where it is built.
   m.def(
       "depthwise_forward(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride)"
       " -> (Tensor d, Tensor mean, Tensor var)");

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda_emulation import emulate
+from tests.csrc.emulation import emulate
 
 
 def _find_shared() -> Path | None:

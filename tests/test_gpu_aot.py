@@ -14,7 +14,7 @@ import gpu_model as model
 import gpu_table as table
 from gpu_launches import Shape, backward, compile_launch, distinct, every_launch, forward, recording, running
 
-from tests.cuda_emulation import emulate
+from tests.csrc.emulation import emulate
 
 BATCH = 64
 

@@ -6,9 +6,9 @@
 namespace pf::cpu {
 
 template <typename T>
-struct BatchNorm {
+struct NormArgs {
   int64_t channels;
-  Activation activation;
+  ActivationForm activation;
   T low, high;
   const T *mean, *scale, *bias;  // [blocks(channels)][16]
 };

@@ -8,9 +8,9 @@
 namespace pf::cpu {
 
 template <typename T>
-struct Conv {
+struct ConvArgs {
   int64_t images, ci, co, h, w, ho, wo, kernel, stride;
-  Activation activation;
+  ActivationForm activation;
   T low, high;
   const T* x;       // (images, h, w, ci)
   const T* center;  // [blocks(depth)][16]
@@ -19,16 +19,17 @@ struct Conv {
 };
 
 template <typename T>
-PF_HELPER int64_t depth(const Conv<T>& f) {
+PF_HELPER int64_t depth(const ConvArgs<T>& f) {
   return f.kernel * f.kernel * f.ci;
 }
 // Output rows that go through a pass together.
 template <typename T>
-PF_HELPER int64_t conv_rows(const Conv<T>& f) {
+PF_HELPER int64_t conv_rows(const ConvArgs<T>& f) {
   return f.wo >= 256 ? 1 : 256 / f.wo;
 }
 template <typename T>
-PF_HELPER int64_t conv_scratch(const Conv<T>& f) {  // a row of windows as they lie in x, tiles of windows and of out
+PF_HELPER int64_t
+conv_scratch(const ConvArgs<T>& f) {  // a row of windows as they lie in x, tiles of windows and of out
   const int64_t wide = blocks(depth(f)) * lanes, pixels = conv_rows(f) * f.wo;
   return f.wo * wide + pixels * (wide + blocks(f.co) * lanes) + (wide + lanes) * lanes;
 }

@@ -54,13 +54,13 @@ struct KernelsFor {
   // elements apart; sums are added to what they point at.
 
   // d of a unit (d points at the unit's first image), and its moments if wanted; scratch: forward_scratch.
-  void (*expand_depthwise)(const MBConv<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments,
+  void (*expand_depthwise)(const MBConvArgs<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments,
                            T* scratch);
   // y = project(act(BN2(d))), and its moments if wanted; scratch: project_scratch, as for probe.
-  void (*project)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* y, Moments* moments,
-                  T* scratch);
+  void (*project)(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* y,
+                  Moments* moments, T* scratch);
   // The same without writing y: moments, sum(grad) and sum(y grad) per channel.
-  void (*probe)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
+  void (*probe)(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
                 double* sum_g, double* sum_yg, T* scratch);
   // out = (y - mean) * scale + bias + add over rows of c channels; add may be null.
   void (*affine)(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale, const T* bias, const T* add,
@@ -69,35 +69,35 @@ struct KernelsFor {
   void (*pair_sums)(const T* g, const T* y, int64_t pixels, int64_t c, const T* mean, double* sum_g, double* sum_gy);
   // dz, sum(dz), sum(dz (d - mean2)), and if dproject is not null the gradient of project, [blocks(ch)][co][16];
   // scratch: backward_project_scratch.
-  void (*backward_project)(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* dz,
+  void (*backward_project)(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* dz,
                            double* sum_dz, double* sum_dzd, T* dproject, T* scratch);
   // dx of a strip less what the first BN's statistics add (dx may be null); scratch: strip_scratch.
-  void (*backward_expand)(const MBConv<T>& f, const Strip& strip, const T* d, const T* dz, int64_t d_block, T* dx,
-                          const ExpandSums<T>& sums, T* scratch);
+  void (*backward_expand)(const MBConvArgs<T>& f, const InputStrip& strip, const T* d, const T* dz, int64_t d_block,
+                          T* dx, const ExpandSums<T>& sums, T* scratch);
   // dx += (x - center) * correction + bias + add over input pixels, correction given as [blocks(ci)][ci][16]; add may
   // be null; scratch: 2 * backward_pixels * 16 * blocks(ci).
-  void (*finish_dx)(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, const T* add,
-                    T* dx, T* scratch);
+  void (*finish_dx)(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* correction, const T* bias,
+                    const T* add, T* dx, T* scratch);
 
   // A dense convolution with its batch norm and activation (cpu/conv.h) over output rows (image, y); scratch:
   // conv_scratch; sums are added to what they point at.
 
   // The sum of the windows less the center, and the upper triangle of their products.
-  void (*conv_gram)(const Conv<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
-  void (*conv_forward)(const Conv<T>& f, int64_t first, int64_t last, T* out, T* scratch);
+  void (*conv_gram)(const ConvArgs<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
+  void (*conv_forward)(const ConvArgs<T>& f, int64_t first, int64_t last, T* out, T* scratch);
   // With q the gradient before the activation: sum q, and sum q (window - center) as [blocks(co)][depth][16].
-  void (*conv_backward)(const Conv<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight,
+  void (*conv_backward)(const ConvArgs<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight,
                         T* scratch);
 
   // A batch norm with its activation (cpu/batch_norm.h) over rows of channels; sums are added to what they point at.
 
   // Merges the rows into the moments; the caller adds the rows to their count.
   void (*norm_moments)(const T* x, int64_t rows, int64_t channels, const Moments& moments);
-  void (*norm_forward)(const BatchNorm<T>& f, const T* x, int64_t rows, T* out);
+  void (*norm_forward)(const NormArgs<T>& f, const T* x, int64_t rows, T* out);
   // With g the gradient before the activation: sum(g) and sum(g (x - mean)).
-  void (*norm_sums)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, double* sum, double* sum_x);
+  void (*norm_sums)(const NormArgs<T>& f, const T* grad, const T* x, int64_t rows, double* sum, double* sum_x);
   // dx = scale * g + slope * (x - mean) + offset; slope and offset are [blocks(channels)][16].
-  void (*norm_backward)(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, const T* slope, const T* offset,
+  void (*norm_backward)(const NormArgs<T>& f, const T* grad, const T* x, int64_t rows, const T* slope, const T* offset,
                         T* dx);
 };
 

@@ -1,6 +1,5 @@
-// What the passes of a fused MBConv share. A block of the network is expand (1x1) -> BN -> activation -> depthwise (k x
-// k)
-// -> BN -> activation -> project (1x1) -> BN; docs/performance.md tells which pass does what.
+// What the passes of a fused MBConv share. A block of the network is expand (1x1) -> BN -> activation -> depthwise
+// (k x k) -> BN -> activation -> project (1x1) -> BN; docs/performance.md tells which pass does what.
 //
 // Narrow tensors (x, y and their gradients) are channels-last: rows of pixels. Wide tensors, tiles and packed weights
 // are in blocks of 16 channels, [block][row][16]: a pixel of a block is one cache line of float32, every kernel
@@ -18,15 +17,15 @@ constexpr int64_t group = 2;  // blocks of expanded channels that go through the
 
 PF_HELPER int64_t blocks(int64_t channels) { return (channels + lanes - 1) / lanes; }
 
-enum class Activation : int { clamp, silu, hardswish };  // clamp(low, high): ReLU6, ReLU and identity
+enum class ActivationForm : int { clamp, silu, hardswish };  // clamp(low, high): ReLU6, ReLU and identity
 
 template <typename T>
-struct MBConv {
+struct MBConvArgs {
   int64_t images, ci, ch, co;  // channels in, expanded, out
   int64_t h, w, ho, wo;
   int64_t kernel, stride;
   bool expand;  // false: no expand convolution, ch == ci
-  Activation activation;
+  ActivationForm activation;
   T low, high;
 
   const T* x;            // (images, h, w, ci)
@@ -55,58 +54,57 @@ struct Moments {
   double* m2;
 };
 
-// --- sizes of tiles and scratch, in elements
-// ----------------------------------------------------------------------------
+// Sizes of tiles and scratch, in elements.
 
 constexpr int64_t tile_elements = 1 << 17;  // half a MiB of float32: half of a common second-level cache
 
 // Output rows of one depthwise strip: what fits beside the packed input.
 template <typename T>
-PF_HELPER int64_t forward_rows(const MBConv<T>& f) {
+PF_HELPER int64_t forward_rows(const MBConvArgs<T>& f) {
   const int64_t row = group * lanes * (f.w + f.kernel), rows = (tile_elements / 2 / row - f.kernel) / f.stride;
   return rows < 1 ? 1 : rows > f.ho ? f.ho : rows;
 }
 template <typename T>
-PF_HELPER int64_t forward_buffer(const MBConv<T>& f) {  // one block of expanded rows with its halo
+PF_HELPER int64_t forward_buffer(const MBConvArgs<T>& f) {  // one block of expanded rows with its halo
   return ((forward_rows(f) - 1) * f.stride + f.kernel) * (f.w + 2 * (f.kernel / 2)) * lanes;
 }
 template <typename T>
-PF_HELPER int64_t forward_scratch(const MBConv<T>& f, int64_t images) {
+PF_HELPER int64_t forward_scratch(const MBConvArgs<T>& f, int64_t images) {
   return blocks(f.ci) * lanes * images * f.h * f.w + group * forward_buffer(f);
 }
 
 // Pixels of one tile of the project pass.
 template <typename T>
-PF_HELPER int64_t project_pixels(const MBConv<T>& f) {
+PF_HELPER int64_t project_pixels(const MBConvArgs<T>& f) {
   const int64_t n = tile_elements / 2 / (blocks(f.ch) * lanes) / 28 * 28;
   return n < 28 ? 28 : n > 252 ? 252 : n;
 }
 template <typename T>
-PF_HELPER int64_t project_scratch(const MBConv<T>& f) {
+PF_HELPER int64_t project_scratch(const MBConvArgs<T>& f) {
   return project_pixels(f) * lanes * (blocks(f.ch) + blocks(f.co));
 }
 
 constexpr int64_t backward_pixels = 252;
 template <typename T>
-PF_HELPER int64_t backward_project_scratch(const MBConv<T>& f) {
+PF_HELPER int64_t backward_project_scratch(const MBConvArgs<T>& f) {
   return backward_pixels * lanes * (blocks(f.co) + group);
 }
 
 // A strip of the input: whole images, or some rows of one.
-struct Strip {
+struct InputStrip {
   int64_t image, images, row, rows;
 };
 template <typename T>
-PF_HELPER int64_t strip_pixels(const MBConv<T>& f) {
+PF_HELPER int64_t strip_pixels(const MBConvArgs<T>& f) {
   return tile_elements / (2 * blocks(f.ci) * lanes + 3 * group * lanes);
 }
 // Columns and rows of the padded dD: every output pixel that some input pixel of the strip reaches.
 template <typename T>
-PF_HELPER int64_t dd_columns(const MBConv<T>& f) {
+PF_HELPER int64_t dd_columns(const MBConvArgs<T>& f) {
   return f.wo + 2 * (f.kernel / 2) + 1;
 }
 template <typename T>
-PF_HELPER int64_t strip_scratch(const MBConv<T>& f, int64_t images, int64_t rows) {
+PF_HELPER int64_t strip_scratch(const MBConvArgs<T>& f, int64_t images, int64_t rows) {
   const int64_t pixels = images * rows * f.w;
   const int64_t dd = ((rows + f.kernel) / f.stride + 2) * dd_columns(f);
   return lanes * (2 * blocks(f.ci) * pixels + group * (3 * pixels + dd));

@@ -7,10 +7,10 @@ struct CUstream_st;
 
 namespace pf::cuda {
 
-enum class Type { f16, bf16, f32, f64 };  // f64 exists in the emulation only
+enum class ElementType { f16, bf16, f32, f64 };  // f64 exists in the emulation only
 
-struct Depthwise {
-  Type type;
+struct KernelShape {
+  ElementType type;
   int batch, channels, height, width, out_height, out_width, kernel, stride;
 };
 
@@ -21,7 +21,7 @@ struct Tiling {
   int down, across;   // tiles per image
   int groups, chunks;
   int threads, shared_bytes;
-  constexpr int64_t tiles(const Depthwise& s) const { return int64_t{s.batch} * down * across; }
+  constexpr int64_t tiles(const KernelShape& s) const { return int64_t{s.batch} * down * across; }
 };
 
 inline constexpr int chunk_bytes = 64;  // of channels per pixel in a tile: two sectors of memory
@@ -35,21 +35,21 @@ inline constexpr int forward_strip = 7;
 constexpr int backward_strip(int stride) { return stride == 1 ? 7 : 8; }
 
 // expand: channels of x where e is made from it (below), else 0. No threads: nothing fits into shared memory.
-Tiling forward_tiling(const Depthwise& shape, int expand = 0);
-Tiling backward_tiling(const Depthwise& shape, int expand = 0);
+Tiling forward_tiling(const KernelShape& shape, int expand = 0);
+Tiling backward_tiling(const KernelShape& shape, int expand = 0);
 
 // Of the accumulation type (float; double for f64): scale, shift, affine, partial, mean, var, dw. weight is of that
 // type too where wide_weight says so. vectors: every pointer and every pixel starts on 16 bytes.
-struct Forward {
-  Depthwise shape;
+struct ForwardArgs {
+  KernelShape shape;
   Tiling tiling;
   const void *x, *weight, *scale, *shift;
   void *d, *partial, *mean, *var;  // partial: (groups, 3, channels), count, mean and squares about it
   bool wide_weight, vectors;
 };
 
-struct Backward {
-  Depthwise shape;
+struct BackwardArgs {
+  KernelShape shape;
   Tiling tiling;
   const void *dz, *d, *affine, *x, *scale, *shift, *weight;
   void *q, *partial, *dw;           // q or partial and dw may be null; partial: (groups, kernel * kernel, channels)
@@ -60,7 +60,7 @@ enum class Activation { relu6, relu, silu, hardswish, identity };
 
 // e = activation((x W1^T - mean) * scale + shift) in x's type, made where it is used: half precision only.
 // vectors: every pixel of x starts on 8 bytes.
-struct Expand {
+struct ExpandArgs {
   const void *x, *weight, *norm;  // pixels of `channels`; (all of e's channels, channels); float (4, e's channels):
   int channels;                   // mean, inverse standard deviation (not read here), scale, shift
   Activation activation;
@@ -68,20 +68,20 @@ struct Expand {
 };
 
 // x, scale and shift of the pass are not read.
-struct ExpandForward {
-  Forward pass;
-  Expand expand;
+struct ExpandForwardArgs {
+  ForwardArgs pass;
+  ExpandArgs expand;
 };
 
-struct ExpandBackward {
-  Backward pass;  // without the mask, with partial
-  Expand expand;
+struct ExpandBackwardArgs {
+  BackwardArgs pass;  // without the mask, with partial
+  ExpandArgs expand;
 };
 
 // Both passes of each; errors stay in cudaGetLastError.
-void launch(const Forward& arguments, CUstream_st* stream);
-void launch(const Backward& arguments, CUstream_st* stream);
-void launch(const ExpandForward& arguments, CUstream_st* stream);
-void launch(const ExpandBackward& arguments, CUstream_st* stream);
+void launch(const ForwardArgs& arguments, CUstream_st* stream);
+void launch(const BackwardArgs& arguments, CUstream_st* stream);
+void launch(const ExpandForwardArgs& arguments, CUstream_st* stream);
+void launch(const ExpandBackwardArgs& arguments, CUstream_st* stream);
 
 }  // namespace pf::cuda

@@ -13,11 +13,11 @@ constexpr int forward_blocks = 1024, backward_blocks = 512;
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-int accumulate_size(Type type) { return type == Type::f64 ? 8 : 4; }
-int element_size(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+int accumulate_size(ElementType type) { return type == ElementType::f64 ? 8 : 4; }
+int element_size(ElementType type) { return type == ElementType::f64 ? 8 : type == ElementType::f32 ? 4 : 2; }
 
 // What the expansion keeps in shared memory: three rows of its norm, and its weights in steps of 16 inputs.
-int expand_bytes(const Depthwise& s, int expand) {
+int expand_bytes(const KernelShape& s, int expand) {
   return expand == 0 ? 0 : chunk_bytes / element_size(s.type) * (3 * 4 + divide_up(expand, 16) * 16 * 2);
 }
 
@@ -26,7 +26,7 @@ struct Cost {
 };
 
 template <typename CostOf>
-Tiling choose(const Depthwise& s, int rows, int columns, int strip, int row_step, int blocks, const CostOf& cost_of) {
+Tiling choose(const KernelShape& s, int rows, int columns, int strip, int row_step, int blocks, const CostOf& cost_of) {
   const int chunk = chunk_bytes / element_size(s.type), quads = chunk / quad;
   Tiling best{};
   int64_t least = -1;
@@ -52,7 +52,7 @@ Tiling choose(const Depthwise& s, int rows, int columns, int strip, int row_step
 
 }  // namespace
 
-Tiling forward_tiling(const Depthwise& s, int expand) {
+Tiling forward_tiling(const KernelShape& s, int expand) {
   const int chunk = chunk_bytes / element_size(s.type), wide = accumulate_size(s.type);
   const int prologue = expand == 0 ? 2 * chunk * wide : expand_bytes(s, expand);
   return choose(s, s.out_height, s.out_width, forward_strip, 1, forward_blocks,
@@ -64,7 +64,7 @@ Tiling forward_tiling(const Depthwise& s, int expand) {
                 });
 }
 
-Tiling backward_tiling(const Depthwise& s, int expand) {
+Tiling backward_tiling(const KernelShape& s, int expand) {
   const int chunk = chunk_bytes / element_size(s.type), quads = chunk / quad, wide = accumulate_size(s.type);
   const int strip = backward_strip(s.stride), prologue = expand == 0 ? 2 * chunk * wide : expand_bytes(s, expand);
   return choose(s, s.height, s.width, strip, s.stride, backward_blocks, [&](int height, int width, int threads) {

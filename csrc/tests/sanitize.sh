@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-"$here/../build/sanitize"}
 mkdir -p "$build"
 flags="-std=c++20 -O1 -g -Wall -Wextra -Werror -fno-math-errno -ffp-contract=fast -fsanitize=address,undefined
-  -fno-sanitize-recover=all -I$here -I$here/cpu"
+  -fno-sanitize-recover=all -I$here"
 cxx=${CXX:-c++}
 sets="baseline"
 have=""
@@ -20,9 +20,12 @@ for set in $sets; do
     avx512) options="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512" ;;
     *) options="" ;;
   esac
+  compilers=""
   for source in "$here"/cpu/kernels/*.cpp; do
-    $cxx $flags $options -DPF_ISA="$set" -c "$source" -o "$build/$set-$(basename "$source" .cpp).o"
+    $cxx $flags $options -DPF_ISA="$set" -c "$source" -o "$build/$set-$(basename "$source" .cpp).o" &
+    compilers="$compilers $!"
   done
+  for compiler in $compilers; do wait "$compiler"; done
 done
 $cxx $flags $have "$here/tests/kernels_test.cpp" "$here/cpu/dispatch.cpp" "$build"/*-*.o -o "$build/kernels_test"
 "$build/kernels_test"  # the best instruction set of this machine

@@ -20,7 +20,7 @@ from proxyless_fast.ops import (
 )
 
 ops = torch.ops.proxyless_fast
-# On a GPU the same tests run the kernels of csrc/cuda; without one they are emulated by test_cuda_kernels.py.
+# On a GPU the same tests run the kernels of csrc/cuda; tests/csrc/test_cuda_depthwise.py emulates them without one.
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and pf.build_info()["cuda"] else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # batch, channels, height, width, kernel, stride

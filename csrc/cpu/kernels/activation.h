@@ -1,8 +1,8 @@
 // Activations and their derivatives on vectors. clamp covers ReLU6, ReLU and identity, and its derivative can be read
 // off its value; the others need the pre-activation.
 #pragma once
+#include "cpu/kernels/vec.h"
 #include "cpu/mbconv.h"
-#include "kernels/vec.h"
 
 namespace pf::cpu::PF_ISA {
 
@@ -24,26 +24,26 @@ PF_INLINE Vec<T> exp(Vec<T> x) {
   return p * V{reinterpret_cast<typename V::Native>(exponent)};
 }
 
-template <typename T, Activation A>
-struct Act {
+template <typename T, ActivationForm A>
+struct VectorActivation {
   using V = Vec<T>;
   V low, high;
   template <typename Params>
-  explicit PF_INLINE Act(const Params& f) : low(V::broadcast(f.low)), high(V::broadcast(f.high)) {}
+  explicit PF_INLINE VectorActivation(const Params& f) : low(V::broadcast(f.low)), high(V::broadcast(f.high)) {}
 
   PF_INLINE V value(V u) const {
-    if constexpr (A == Activation::clamp) return clamp(u, low, high);
-    if constexpr (A == Activation::silu) return u / (V::broadcast(1) + exp(V::zero() - u));
-    if constexpr (A == Activation::hardswish) return u * gate(u);
+    if constexpr (A == ActivationForm::clamp) return clamp(u, low, high);
+    if constexpr (A == ActivationForm::silu) return u / (V::broadcast(1) + exp(V::zero() - u));
+    if constexpr (A == ActivationForm::hardswish) return u * gate(u);
   }
   // g * derivative at u; for clamp, u may be the value itself.
   PF_INLINE V back(V u, V g) const {
-    if constexpr (A == Activation::clamp) return select<T>((u > low) & (u < high), g, V::zero());
-    if constexpr (A == Activation::silu) {
+    if constexpr (A == ActivationForm::clamp) return select<T>((u > low) & (u < high), g, V::zero());
+    if constexpr (A == ActivationForm::silu) {
       const V one = V::broadcast(1), s = one / (one + exp(V::zero() - u));
       return g * s * fma(u, one - s, one);
     }
-    if constexpr (A == Activation::hardswish) {
+    if constexpr (A == ActivationForm::hardswish) {
       const V three = V::broadcast(3), inside = fma(u, V::broadcast(T(1) / 3), V::broadcast(T(0.5)));
       const V slope = select<T>(u > three, V::broadcast(1), select<T>(u < V::zero() - three, V::zero(), inside));
       return g * slope;
@@ -56,15 +56,15 @@ struct Act {
   }
 };
 
-// Calls body(Act) with the activation of f as a compile-time choice.
+// Calls body(VectorActivation) with the activation of f as a compile-time choice.
 template <typename T, typename Params, typename Body>
 PF_INLINE void with_activation(const Params& f, Body body) {
-  if (f.activation == Activation::silu)
-    body(Act<T, Activation::silu>(f));
-  else if (f.activation == Activation::hardswish)
-    body(Act<T, Activation::hardswish>(f));
+  if (f.activation == ActivationForm::silu)
+    body(VectorActivation<T, ActivationForm::silu>(f));
+  else if (f.activation == ActivationForm::hardswish)
+    body(VectorActivation<T, ActivationForm::hardswish>(f));
   else
-    body(Act<T, Activation::clamp>(f));
+    body(VectorActivation<T, ActivationForm::clamp>(f));
 }
 
 }  // namespace pf::cpu::PF_ISA

@@ -1,8 +1,8 @@
 // Batch norm with its activation over rows of channels: two passes forward, two backward, and nothing kept but x.
-#include "kernels/batch_norm.h"
+#include "cpu/kernels/batch_norm.h"
 
-#include "kernels/activation.h"
-#include "kernels/rows.h"
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/rows.h"
 
 namespace pf::cpu::PF_ISA {
 
@@ -55,7 +55,7 @@ void norm_moments(const T* x, int64_t rows, int64_t channels, const Moments& mom
 }
 
 template <typename T>
-void norm_forward(const BatchNorm<T>& f, const T* x, int64_t rows, T* out) {
+void norm_forward(const NormArgs<T>& f, const T* x, int64_t rows, T* out) {
   using V = Vec<T>;
   with_activation<T>(f, [&](auto act) {
     for (int64_t r = 0; r < rows; ++r, x += f.channels, out += f.channels)
@@ -67,7 +67,7 @@ void norm_forward(const BatchNorm<T>& f, const T* x, int64_t rows, T* out) {
 }
 
 template <typename T>
-void norm_sums(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, double* sum, double* sum_x) {
+void norm_sums(const NormArgs<T>& f, const T* grad, const T* x, int64_t rows, double* sum, double* sum_x) {
   using V = Vec<T>;
   const int64_t run = run_rows<T>(f.channels);
   with_activation<T>(f, [&](auto act) {
@@ -92,7 +92,7 @@ void norm_sums(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, d
 }
 
 template <typename T>
-void norm_backward(const BatchNorm<T>& f, const T* grad, const T* x, int64_t rows, const T* slope, const T* offset,
+void norm_backward(const NormArgs<T>& f, const T* grad, const T* x, int64_t rows, const T* slope, const T* offset,
                    T* dx) {
   using V = Vec<T>;
   with_activation<T>(f, [&](auto act) {
@@ -105,11 +105,11 @@ void norm_backward(const BatchNorm<T>& f, const T* grad, const T* x, int64_t row
   });
 }
 
-#define PF_INSTANTIATE(T)                                                                      \
-  template void norm_moments(const T*, int64_t, int64_t, const Moments&);                      \
-  template void norm_forward(const BatchNorm<T>&, const T*, int64_t, T*);                      \
-  template void norm_sums(const BatchNorm<T>&, const T*, const T*, int64_t, double*, double*); \
-  template void norm_backward(const BatchNorm<T>&, const T*, const T*, int64_t, const T*, const T*, T*);
+#define PF_INSTANTIATE(T)                                                                     \
+  template void norm_moments(const T*, int64_t, int64_t, const Moments&);                     \
+  template void norm_forward(const NormArgs<T>&, const T*, int64_t, T*);                      \
+  template void norm_sums(const NormArgs<T>&, const T*, const T*, int64_t, double*, double*); \
+  template void norm_backward(const NormArgs<T>&, const T*, const T*, int64_t, const T*, const T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 

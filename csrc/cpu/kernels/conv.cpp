@@ -1,11 +1,11 @@
 // Passes of a dense convolution with its batch norm and activation. Windows are gathered tile by tile into blocks, and
 // gathered again by each pass: what is written is the output alone.
-#include "kernels/conv.h"
+#include "cpu/kernels/conv.h"
 
-#include "kernels/activation.h"
-#include "kernels/gemm.h"
-#include "kernels/gram.h"
-#include "kernels/rows.h"
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gram.h"
+#include "cpu/kernels/rows.h"
 
 namespace pf::cpu::PF_ISA {
 
@@ -19,7 +19,7 @@ PF_INLINE void copy(const T* from, int64_t n, T* to) {
 
 // Windows under the output rows [first, first + rows), a row being (image, y), less the center, as [block][pixel][16].
 template <typename T>
-void windows(const Conv<T>& f, int64_t first, int64_t rows, T* out, T* line) {
+void windows(const ConvArgs<T>& f, int64_t first, int64_t rows, T* out, T* line) {
   using V = Vec<T>;
   const int64_t k = f.kernel, pad = k / 2, run = k * f.ci, n = blocks(depth(f)), wide = n * lanes;
   const int64_t block_size = rows * f.wo * lanes;
@@ -47,7 +47,7 @@ void windows(const Conv<T>& f, int64_t first, int64_t rows, T* out, T* line) {
 
 // Runs body(first pixel, pixels, windows, rest of scratch) over tiles of the output rows [first, last).
 template <typename T, typename Body>
-PF_INLINE void for_tiles(const Conv<T>& f, int64_t first, int64_t last, T* scratch, Body body) {
+PF_INLINE void for_tiles(const ConvArgs<T>& f, int64_t first, int64_t last, T* scratch, Body body) {
   const int64_t most = conv_rows(f), wide = blocks(depth(f)) * lanes;
   T *line = scratch, *packed = line + f.wo * wide, *rest = packed + most * f.wo * wide;
   for (int64_t row = first; row < last; row += most) {
@@ -58,7 +58,7 @@ PF_INLINE void for_tiles(const Conv<T>& f, int64_t first, int64_t last, T* scrat
 }
 
 template <typename T>
-void expand(const Conv<T>& f, int64_t pixels, const T* packed, T* u) {
+void expand(const ConvArgs<T>& f, int64_t pixels, const T* packed, T* u) {
   const int64_t size = pixels * lanes;
   product<T>(pixels, blocks(f.co),
              {packed, size, f.weight, depth(f) * lanes, depth(f), u, size, Out::clamp, f.bias, f.low, f.high});
@@ -67,17 +67,17 @@ void expand(const Conv<T>& f, int64_t pixels, const T* packed, T* u) {
 }  // namespace
 
 template <typename T>
-void conv_gram(const Conv<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch) {
+void conv_gram(const ConvArgs<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch) {
   for_tiles(f, first, last, scratch, [&](int64_t, int64_t pixels, const T* packed, T* rest) {
     add_gram(packed, pixels, depth(f), sum, gram, rest);
   });
 }
 
 template <typename T>
-void conv_forward(const Conv<T>& f, int64_t first, int64_t last, T* out, T* scratch) {
+void conv_forward(const ConvArgs<T>& f, int64_t first, int64_t last, T* out, T* scratch) {
   for_tiles(f, first, last, scratch, [&](int64_t pixel, int64_t pixels, const T* packed, T* u) {
     expand(f, pixels, packed, u);
-    if (f.activation != Activation::clamp)
+    if (f.activation != ActivationForm::clamp)
       with_activation<T>(f, [&](auto act) {
         for (int64_t i = 0; i < blocks(f.co) * pixels * lanes; i += Vec<T>::width)
           act.value(Vec<T>::load(u + i)).store(u + i);
@@ -87,7 +87,7 @@ void conv_forward(const Conv<T>& f, int64_t first, int64_t last, T* out, T* scra
 }
 
 template <typename T>
-void conv_backward(const Conv<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight,
+void conv_backward(const ConvArgs<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight,
                    T* scratch) {
   using V = Vec<T>;
   for_tiles(f, first, last, scratch, [&](int64_t pixel, int64_t pixels, const T* packed, T* u) {
@@ -115,10 +115,10 @@ void conv_backward(const Conv<T>& f, int64_t first, int64_t last, const T* grad,
   });
 }
 
-#define PF_INSTANTIATE(T)                                                          \
-  template void conv_gram(const Conv<T>&, int64_t, int64_t, double*, double*, T*); \
-  template void conv_forward(const Conv<T>&, int64_t, int64_t, T*, T*);            \
-  template void conv_backward(const Conv<T>&, int64_t, int64_t, const T*, double*, T*, T*);
+#define PF_INSTANTIATE(T)                                                              \
+  template void conv_gram(const ConvArgs<T>&, int64_t, int64_t, double*, double*, T*); \
+  template void conv_forward(const ConvArgs<T>&, int64_t, int64_t, T*, T*);            \
+  template void conv_backward(const ConvArgs<T>&, int64_t, int64_t, const T*, double*, T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 

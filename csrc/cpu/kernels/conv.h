@@ -4,10 +4,11 @@
 namespace pf::cpu::PF_ISA {
 
 template <typename T>
-void conv_gram(const Conv<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
+void conv_gram(const ConvArgs<T>& f, int64_t first, int64_t last, double* sum, double* gram, T* scratch);
 template <typename T>
-void conv_forward(const Conv<T>& f, int64_t first, int64_t last, T* out, T* scratch);
+void conv_forward(const ConvArgs<T>& f, int64_t first, int64_t last, T* out, T* scratch);
 template <typename T>
-void conv_backward(const Conv<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight, T* scratch);
+void conv_backward(const ConvArgs<T>& f, int64_t first, int64_t last, const T* grad, double* sum_q, T* dweight,
+                   T* scratch);
 
 }  // namespace pf::cpu::PF_ISA

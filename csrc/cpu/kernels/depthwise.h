@@ -3,8 +3,8 @@
 #pragma once
 #include <type_traits>
 
+#include "cpu/kernels/vec.h"
 #include "cpu/mbconv.h"
-#include "kernels/vec.h"
 
 namespace pf::cpu::PF_ISA {
 

@@ -1,7 +1,7 @@
 // The Gram matrix of a tile of rows that is packed in blocks.
 #pragma once
-#include "kernels/gemm.h"
-#include "kernels/rows.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/rows.h"
 
 namespace pf::cpu::PF_ISA {
 

@@ -1,9 +1,9 @@
 // Backward passes of a fused MBConv: G -> dz (with project's gradient), then dz -> dx (with the others).
-#include "kernels/activation.h"
-#include "kernels/depthwise.h"
-#include "kernels/gemm.h"
-#include "kernels/mbconv.h"
-#include "kernels/rows.h"
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/depthwise.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/mbconv.h"
+#include "cpu/kernels/rows.h"
 
 namespace pf::cpu::PF_ISA {
 
@@ -36,7 +36,7 @@ struct Reach {
   int64_t left;         // columns of zeros on the left
   int64_t columns;
 
-  Reach(const MBConv<T>& f, int64_t row, int64_t rows) {
+  Reach(const MBConvArgs<T>& f, int64_t row, int64_t rows) {
     const int64_t pad = f.kernel / 2;
     first = -floor_div(-(row + pad - f.kernel + 1), f.stride);
     last = floor_div(row + rows - 1 + pad, f.stride) + 1;
@@ -48,7 +48,7 @@ struct Reach {
 };
 
 template <typename T>
-void load_dd(const MBConv<T>& f, const Reach<T>& reach, int64_t block, const T* d, const T* dz, T* out) {
+void load_dd(const MBConvArgs<T>& f, const Reach<T>& reach, int64_t block, const T* d, const T* dz, T* out) {
   using V = Vec<T>;
   for (int64_t y = reach.first; y < reach.last; ++y) {
     T* row = out + (y - reach.first) * reach.columns * lanes;
@@ -71,7 +71,7 @@ struct Phase {
   int64_t rest, x, pixels, taps, offset;  // x: the first column; offset: of its last tap's output column
 
   template <typename T>
-  Phase(const MBConv<T>& f, int64_t r) : rest(r) {
+  Phase(const MBConvArgs<T>& f, int64_t r) : rest(r) {
     const int64_t pad = f.kernel / 2;
     x = (r + f.stride * f.kernel - pad) % f.stride;
     pixels = x < f.w ? (f.w - x + f.stride - 1) / f.stride : 0;
@@ -82,7 +82,7 @@ struct Phase {
 
 // q before its mask: the depthwise convolution of dD with the taps turned round, one phase at a time.
 template <typename T>
-void input_gradient(const MBConv<T>& f, const Reach<T>& reach, int64_t row, int64_t rows, const T* dd,
+void input_gradient(const MBConvArgs<T>& f, const Reach<T>& reach, int64_t row, int64_t rows, const T* dd,
                     const T* taps_back, T* q) {
   const int64_t pad = f.kernel / 2, s = f.stride;
   for (int64_t y = row; y < row + rows; ++y) {
@@ -106,7 +106,7 @@ void input_gradient(const MBConv<T>& f, const Reach<T>& reach, int64_t row, int6
 
 // grad[ky][kx][16], turned round by the caller's order of taps_back: adds the strip's share.
 template <typename T>
-void taps_gradient(const MBConv<T>& f, const Reach<T>& reach, int64_t row, int64_t rows, const T* h, const T* dd,
+void taps_gradient(const MBConvArgs<T>& f, const Reach<T>& reach, int64_t row, int64_t rows, const T* h, const T* dd,
                    double* grad, int64_t grad_step) {
   const int64_t pad = f.kernel / 2, s = f.stride;
   int64_t index = 0;
@@ -131,6 +131,28 @@ void taps_gradient(const MBConv<T>& f, const Reach<T>& reach, int64_t row, int64
       }
     }
   }
+}
+
+// q of one block of `size` elements times the derivative at h, and its sums.
+template <typename T>
+void mask_gradient(const MBConvArgs<T>& f, int64_t block, int64_t size, const T* h, T* q, const ExpandSums<T>& sums) {
+  using V = Vec<T>;
+  with_activation<T>(f, [&](auto act) {
+    for (int64_t v = 0; v < lanes; v += V::width) {
+      const V bias = V::load(f.expand_bias + block * lanes + v);
+      V s = V::zero(), t = V::zero();
+      for (int64_t i = v; i < size; i += lanes) {
+        const V u = V::load(h + i), g = act.back(u, V::load(q + i));
+        g.store(q + i);
+        s = s + g;
+        t = fma(g, u - bias, t);
+      }
+      for (int l = 0; l < V::width; ++l) {
+        sums.q[block * lanes + v + l] += static_cast<double>(s.v[l]);
+        sums.qu[block * lanes + v + l] += static_cast<double>(t.v[l]);
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -158,7 +180,7 @@ void pair_sums(const T* g, const T* y, int64_t pixels, int64_t c, const T* mean,
 }
 
 template <typename T>
-void backward_project(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t wide_block, T* dz,
+void backward_project(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t wide_block, T* dz,
                       double* sum_dz, double* sum_dzd, T* dproject, T* scratch) {
   using V = Vec<T>;
   constexpr int w = V::width;
@@ -175,9 +197,9 @@ void backward_project(const MBConv<T>& f, int64_t first, int64_t last, const T* 
     for (int64_t b = 0; b < blocks(f.ch); b += group) {
       const int64_t count = b + group < blocks(f.ch) ? group : blocks(f.ch) - b;
       Ahead<T> ahead = {d + b * wide_block + p * lanes, wide_block, n, n * count};
-      Product<T> back = {dy,           n * lanes, f.project_out + b * f.co * lanes,
-                         f.co * lanes, f.co,      dz + b * wide_block + p * lanes,
-                         wide_block,   Out::store};
+      ProductArgs<T> back = {dy,           n * lanes, f.project_out + b * f.co * lanes,
+                             f.co * lanes, f.co,      dz + b * wide_block + p * lanes,
+                             wide_block,   Out::store};
       back.ahead = &ahead;
       product<T>(n, count, back);
       with_activation<T>(f, [&](auto act) {
@@ -212,8 +234,8 @@ void backward_project(const MBConv<T>& f, int64_t first, int64_t last, const T* 
 }
 
 template <typename T>
-void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T* dz, int64_t wide_block, T* dx,
-                     const ExpandSums<T>& sums, T* scratch) {
+void backward_expand(const MBConvArgs<T>& f, const InputStrip& strip, const T* d, const T* dz, int64_t wide_block,
+                     T* dx, const ExpandSums<T>& sums, T* scratch) {
   using V = Vec<T>;
   constexpr int w = V::width;
   const int64_t image_pixels = strip.rows * f.w, pixels = strip.images * image_pixels, size = pixels * lanes;
@@ -225,7 +247,7 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
   T* q = h + group * size;
   T* value = q + group * size;  // the expanded strip of one image, where h is the pre-activation
   T* dd = value + group * size;
-  const bool linear = f.activation == Activation::clamp || !f.expand;
+  const bool linear = f.activation == ActivationForm::clamp || !f.expand;
   for (int64_t i = 0; i < strip.images; ++i) {
     const T* x = f.x + ((strip.image + i) * f.h + strip.row) * f.w * f.ci;
     pack(x, image_pixels, f.ci, f.center, packed + i * image_pixels * lanes, size);
@@ -238,8 +260,8 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
       const int64_t rows = strip.images > 1 ? strip.images * f.ho : reached;
       const int64_t start = b * wide_block + ((strip.image * f.ho + reach.first) * f.wo) * lanes;
       Ahead<T> ahead = {d + start, wide_block, rows * f.wo, rows * f.wo * count, dz + start};
-      Product<T> expand = {packed, size,       f.expand_in + b * f.ci * lanes, f.ci * lanes, f.ci,   h,
-                           size,   Out::clamp, f.expand_bias + b * lanes,      f.low,        f.high, &ahead};
+      ProductArgs<T> expand = {packed, size,       f.expand_in + b * f.ci * lanes, f.ci * lanes, f.ci,   h,
+                               size,   Out::clamp, f.expand_bias + b * lanes,      f.low,        f.high, &ahead};
       product<T>(pixels, count, expand);
     }
     T* q_out = f.expand ? q : dx_tile + b * size;
@@ -261,23 +283,7 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
           taps_gradient(f, reach, strip.row, strip.rows, vj + i * image_pixels * lanes, dd,
                         sums.taps + (b + j) * taps * lanes, lanes);
       }
-      if (!f.expand) continue;
-      with_activation<T>(f, [&](auto act) {
-        for (int64_t v = 0; v < lanes; v += w) {
-          const V bias = V::load(f.expand_bias + (b + j) * lanes + v);
-          V s = V::zero(), t = V::zero();
-          for (int64_t i = v; i < size; i += lanes) {
-            const V u = V::load(hj + i), g = act.back(u, V::load(qj + i));
-            g.store(qj + i);
-            s = s + g;
-            t = fma(g, u - bias, t);
-          }
-          for (int l = 0; l < w; ++l) {
-            sums.q[(b + j) * lanes + v + l] += static_cast<double>(s.v[l]);
-            sums.qu[(b + j) * lanes + v + l] += static_cast<double>(t.v[l]);
-          }
-        }
-      });
+      if (f.expand) mask_gradient(f, b + j, size, hj, qj, sums);
     }
     if (!f.expand) continue;
     if (sums.expand != nullptr)
@@ -298,8 +304,8 @@ void backward_expand(const MBConv<T>& f, const Strip& strip, const T* d, const T
 
 // dx[pixel] += (x[pixel] - center) * correction + bias + add[pixel], correction given as [blocks(ci)][ci][16].
 template <typename T>
-void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, const T* add, T* dx,
-               T* scratch) {
+void finish_dx(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* correction, const T* bias, const T* add,
+               T* dx, T* scratch) {
   using V = Vec<T>;
   for (int64_t p = first; p < last; p += backward_pixels) {
     const int64_t n = p + backward_pixels < last ? backward_pixels : last - p, size = n * lanes;
@@ -317,12 +323,13 @@ void finish_dx(const MBConv<T>& f, int64_t first, int64_t last, const T* correct
   }
 }
 
-#define PF_INSTANTIATE(T)                                                                                              \
-  template void pair_sums(const T*, const T*, int64_t, int64_t, const T*, double*, double*);                           \
-  template void backward_project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, double*, double*, T*, T*); \
-  template void backward_expand(const MBConv<T>&, const Strip&, const T*, const T*, int64_t, T*, const ExpandSums<T>&, \
-                                T*);                                                                                   \
-  template void finish_dx(const MBConv<T>&, int64_t, int64_t, const T*, const T*, const T*, T*, T*);
+#define PF_INSTANTIATE(T)                                                                                             \
+  template void pair_sums(const T*, const T*, int64_t, int64_t, const T*, double*, double*);                          \
+  template void backward_project(const MBConvArgs<T>&, int64_t, int64_t, const T*, int64_t, T*, double*, double*, T*, \
+                                 T*);                                                                                 \
+  template void backward_expand(const MBConvArgs<T>&, const InputStrip&, const T*, const T*, int64_t, T*,             \
+                                const ExpandSums<T>&, T*);                                                            \
+  template void finish_dx(const MBConvArgs<T>&, int64_t, int64_t, const T*, const T*, const T*, T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 

@@ -1,9 +1,9 @@
 // Forward passes of a fused MBConv: expand -> depthwise into d, then d -> project into y, or into a gate gradient.
-#include "kernels/activation.h"
-#include "kernels/depthwise.h"
-#include "kernels/gemm.h"
-#include "kernels/mbconv.h"
-#include "kernels/rows.h"
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/depthwise.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/mbconv.h"
+#include "cpu/kernels/rows.h"
 
 namespace pf::cpu::PF_ISA {
 
@@ -12,7 +12,7 @@ namespace {
 // Rows [first, last) of the expanded image after its activation, for `count` blocks from `block`, into buffers with
 // kernel / 2 columns of zeros (left as they are) on both sides.
 template <typename T>
-void expanded_rows(const MBConv<T>& f, int64_t image, const T* packed, int64_t packed_block, int64_t block,
+void expanded_rows(const MBConvArgs<T>& f, int64_t image, const T* packed, int64_t packed_block, int64_t block,
                    int64_t count, int64_t first, int64_t last, T* buffer, int64_t buffer_block) {
   const int64_t pad = f.kernel / 2, row_size = (f.w + 2 * pad) * lanes;
   for (int64_t y = first; y < last; ++y) {
@@ -29,7 +29,7 @@ void expanded_rows(const MBConv<T>& f, int64_t image, const T* packed, int64_t p
     product<T>(f.w, count,
                {packed + y * f.w * lanes, packed_block, f.expand_in + block * f.ci * lanes, f.ci * lanes, f.ci, row,
                 buffer_block, Out::clamp, f.expand_bias + block * lanes, f.low, f.high});
-    if (f.activation == Activation::clamp) continue;
+    if (f.activation == ActivationForm::clamp) continue;
     with_activation<T>(f, [&](auto act) {
       for (int64_t b = 0; b < count; ++b)
         for (int64_t i = 0; i < f.w * lanes; i += Vec<T>::width) {
@@ -41,7 +41,7 @@ void expanded_rows(const MBConv<T>& f, int64_t image, const T* packed, int64_t p
 }
 
 template <typename T>
-void depthwise_rows(const MBConv<T>& f, int64_t first, int64_t last, const T* buffer, int64_t buffer_first,
+void depthwise_rows(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* buffer, int64_t buffer_first,
                     const T* taps, T* out) {
   const int64_t k = f.kernel, pad = k / 2, row_size = (f.w + 2 * pad) * lanes;
   for (int64_t y = first; y < last; ++y) {
@@ -64,7 +64,7 @@ void depthwise_rows(const MBConv<T>& f, int64_t first, int64_t last, const T* bu
 
 // z = act(BN2(d)) for all blocks of a tile of pixels.
 template <typename T>
-void activate(const MBConv<T>& f, const T* d, int64_t d_block, int64_t pixels, T* z) {
+void activate(const MBConvArgs<T>& f, const T* d, int64_t d_block, int64_t pixels, T* z) {
   using V = Vec<T>;
   with_activation<T>(f, [&](auto act) {
     for (int64_t b = 0; b < blocks(f.ch); ++b, d += d_block, z += pixels * lanes)
@@ -79,7 +79,8 @@ void activate(const MBConv<T>& f, const T* d, int64_t d_block, int64_t pixels, T
 
 // Runs body(first pixel, pixels, tile of y) over tiles of the project product.
 template <typename T, typename Body>
-void projected(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* scratch, Body body) {
+void projected(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* scratch,
+               Body body) {
   const int64_t most = project_pixels(f);
   T* z = scratch;
   T* y = scratch + most * lanes * blocks(f.ch);
@@ -88,7 +89,7 @@ void projected(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int6
     activate(f, d + p * lanes, d_block, n, z);
     const int64_t after = last - p - n < most ? last - p - n : most;
     Ahead<T> ahead = {d + (p + n) * lanes, d_block, after, after * blocks(f.ch)};
-    Product<T> project = {z, n * lanes, f.project_in, f.ch * lanes, f.ch, y, n * lanes, Out::store};
+    ProductArgs<T> project = {z, n * lanes, f.project_in, f.ch * lanes, f.ch, y, n * lanes, Out::store};
     project.ahead = &ahead;
     product<T>(n, blocks(f.co), project);
     body(p, n, y);
@@ -98,7 +99,7 @@ void projected(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int6
 }  // namespace
 
 template <typename T>
-void expand_depthwise(const MBConv<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments,
+void expand_depthwise(const MBConvArgs<T>& f, const ForwardUnit& unit, T* d, int64_t d_block, Moments* moments,
                       T* scratch) {
   const int64_t k = f.kernel, s = f.stride, pad = k / 2, row_size = (f.w + 2 * pad) * lanes;
   const auto top = [&](int64_t y) { return y * s - pad < 0 ? 0 : y * s - pad; };
@@ -144,7 +145,7 @@ void expand_depthwise(const MBConv<T>& f, const ForwardUnit& unit, T* d, int64_t
 }
 
 template <typename T>
-void project(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* y, Moments* moments,
+void project(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, T* y, Moments* moments,
              T* scratch) {
   projected(f, first, last, d, d_block, scratch, [&](int64_t p, int64_t n, const T* tile) {
     if (moments != nullptr) {
@@ -157,7 +158,7 @@ void project(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_
 }
 
 template <typename T>
-void probe(const MBConv<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
+void probe(const MBConvArgs<T>& f, int64_t first, int64_t last, const T* d, int64_t d_block, Moments& moments,
            double* sum_g, double* sum_yg, T* scratch) {
   using V = Vec<T>;
   projected(f, first, last, d, d_block, scratch, [&](int64_t p, int64_t n, const T* tile) {
@@ -196,10 +197,10 @@ void affine(const T* y, int64_t pixels, int64_t c, const T* mean, const T* scale
   }
 }
 
-#define PF_INSTANTIATE(T)                                                                                     \
-  template void expand_depthwise(const MBConv<T>&, const ForwardUnit&, T*, int64_t, Moments*, T*);            \
-  template void project(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, T*, Moments*, T*);             \
-  template void probe(const MBConv<T>&, int64_t, int64_t, const T*, int64_t, Moments&, double*, double*, T*); \
+#define PF_INSTANTIATE(T)                                                                                         \
+  template void expand_depthwise(const MBConvArgs<T>&, const ForwardUnit&, T*, int64_t, Moments*, T*);            \
+  template void project(const MBConvArgs<T>&, int64_t, int64_t, const T*, int64_t, T*, Moments*, T*);             \
+  template void probe(const MBConvArgs<T>&, int64_t, int64_t, const T*, int64_t, Moments&, double*, double*, T*); \
   template void affine(const T*, int64_t, int64_t, const T*, const T*, const T*, const T*, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)

@@ -1,7 +1,7 @@
 // Between channels-last rows and blocks of 16 channels, and the moments of a block.
 #pragma once
+#include "cpu/kernels/vec.h"
 #include "cpu/mbconv.h"
-#include "kernels/vec.h"
 
 namespace pf::cpu::PF_ISA {
 

@@ -1,10 +1,10 @@
 // Gate dot product and Gram statistics: the two reductions every search step runs over whole activations.
-#include "kernels/statistics.h"
+#include "cpu/kernels/statistics.h"
 
-#include "kernels/gemm.h"
-#include "kernels/gram.h"
-#include "kernels/rows.h"
-#include "kernels/vec.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gram.h"
+#include "cpu/kernels/rows.h"
+#include "cpu/kernels/vec.h"
 
 namespace pf::cpu::PF_ISA {
 

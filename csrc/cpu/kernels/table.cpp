@@ -1,8 +1,8 @@
 // The table that csrc/cpu/dispatch.cpp chooses from; compiled once per instruction set, like every file here.
-#include "kernels/batch_norm.h"
-#include "kernels/conv.h"
-#include "kernels/mbconv.h"
-#include "kernels/statistics.h"
+#include "cpu/kernels/batch_norm.h"
+#include "cpu/kernels/conv.h"
+#include "cpu/kernels/mbconv.h"
+#include "cpu/kernels/statistics.h"
 
 #define PF_STRING_(x) #x
 #define PF_STRING(x) PF_STRING_(x)

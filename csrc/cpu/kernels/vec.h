@@ -27,20 +27,20 @@ inline constexpr int vector_registers = 16;
 #endif
 
 template <typename T>
-struct Lane;
+struct MaskElement;
 template <>
-struct Lane<float> {
+struct MaskElement<float> {
   using Int = int32_t;
 };
 template <>
-struct Lane<double> {
+struct MaskElement<double> {
   using Int = int64_t;
 };
 
 template <typename T>
 struct Vec {
   static constexpr int width = vector_bytes / static_cast<int>(sizeof(T));
-  using Int = typename Lane<T>::Int;
+  using Int = typename MaskElement<T>::Int;
   typedef T Native __attribute__((vector_size(vector_bytes)));
   typedef Int Mask __attribute__((vector_size(vector_bytes)));
   Native v;

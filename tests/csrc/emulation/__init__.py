@@ -1,0 +1,1 @@
+"""Executes and compiles the kernels of csrc/cuda without a GPU."""
