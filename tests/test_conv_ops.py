@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import proxyless_fast as pf
-from proxyless_fast.ops.batch_norm import ACTIVATIONS
+from proxyless_fast.ops.activation import ACTIVATIONS
 from proxyless_fast.ops.conv import can_run_conv_norm_act, conv_norm_act, conv_norm_act_reference
 
 ops = torch.ops.proxyless_fast

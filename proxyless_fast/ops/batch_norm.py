@@ -1,20 +1,11 @@
 """Batch norm with its activation, in two passes forward and two backward, keeping its input alone."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import triton as gpu
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu6": F.relu6,
-    "relu": F.relu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "identity": lambda x: x,
-}
+from .activation import ACTIVATIONS
 
 
 def batch_norm_act_reference(

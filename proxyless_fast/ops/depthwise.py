@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .batch_norm import ACTIVATIONS
+from .activation import ACTIVATIONS
 
 
 def _accumulate(x: Tensor) -> torch.dtype:

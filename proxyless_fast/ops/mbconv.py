@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton as gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
-from .batch_norm import ACTIVATIONS
+from .activation import ACTIVATIONS
 from .statistics import gram as gram_of
 
 _KEEP = {"lean": 1, "fast": 2}

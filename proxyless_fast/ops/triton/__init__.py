@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activation import ACTIVATIONS
+
 OPS = ("gram", "mbconv", "mbconv_backward", "mbconv_probe", "norm_dot", "update_running")
-ACTIVATIONS = ("relu6", "relu", "silu", "hardswish", "identity")
 WIDEST = 512  # channels of x and of y: a program holds all of them
 WIDEST_OUTPUT = 256  # of y, on GPUs with the 99 KiB of shared memory of compute capability 8.6, 8.9 and 12.0
 
