@@ -37,10 +37,10 @@ bench: .venv/built
 	@$(BIN)/proxyless-fast bench $(ARGS)
 
 bench-gpu: .venv/built
-	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 tune-gpu: .venv/built
-	@$(BIN)/python benchmarks/gpu_tune.py $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu.tune $(ARGS)
 
 lint: .venv/built
 	@$(BIN)/ruff check .

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation import emulate
+
+from tests.cuda_emulation import emulate
 
 
 def _find_shared() -> Path | None:
