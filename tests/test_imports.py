@@ -149,3 +149,11 @@ def test_no_name_hides_a_module():
         assert getattr(importlib.import_module(holder), name) is module, (
             f"{holder} has another {name!r} than its module"
         )
+
+
+def test_tests_and_benchmarks_leave_sys_path_alone():
+    for folder in ("tests", "benchmarks", "examples"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                changed = line.lstrip().startswith("sys.path")
+                assert not changed, f"{path.relative_to(REPOSITORY)}:{number}: sys.path is changed"

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-# A path in code font with a folder and an ending, or in one of our folders: `csrc/cpu/ops/mbconv.cpp`, `benchmarks/gpu/`.
+# In code font: a path with a folder and an ending, or in one of our folders, such as `benchmarks/gpu/`.
 NAMED = re.compile(
     r"`((?:[\w.-]+/)+[\w.-]*\.(?:py|cpp|cu|cuh|h|md|sh|yml|toml))`"
     r"|`((?:csrc|docs|tests|examples|benchmarks)/[\w./-]*)`"

@@ -1,4 +1,4 @@
-"""The activations that the fused ops know, by name: the one list for blocks, CPU and GPU kernels."""
+"""The activations that every op knows, by name."""
 
 from collections.abc import Callable
 

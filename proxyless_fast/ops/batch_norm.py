@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import triton as gpu
+from . import gpu
 from .activation import ACTIVATIONS
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._deprecated import callable_module
-from . import triton as gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
+from . import gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
 from .activation import ACTIVATIONS
 from .statistics import gram as gram_of
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from proxyless_fast.ops.activation import ACTIVATIONS
 from proxyless_fast.ops.batch_norm import (
-    ACTIVATIONS,
     batch_norm_act,
     batch_norm_act_reference,
     norm_dot,

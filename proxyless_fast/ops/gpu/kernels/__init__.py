@@ -1,0 +1,1 @@
+"""Triton kernels. What is launched ends in `_kernel`; the rest is called by kernels."""
