@@ -33,6 +33,17 @@ def checked() -> emulate.Emulated:
     return emulate.Emulated("address,alignment,bounds,shift,signed-integer-overflow")
 
 
+# What compiles, emulates, interprets or runs a whole program; `make test-quick` leaves it out.
+SLOW = ("bench", "benchmarks", "csrc", "examples", "ops/gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        if place.startswith(tuple(f"{folder}/" for folder in SLOW)):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -211,6 +211,7 @@ def test_wrong_policies(arguments, message):
         pf.set_policy(pf.MBConv(4, 4), policy, **dict(zip(("budget_bytes", "batch_size"), rest, strict=False)))
 
 
+@pytest.mark.slow
 def test_a_search_samples_the_same_paths_and_ends_with_the_same_alphas():
     # In float64: 30 steps of training amplify float32 rounding of either path to a tenth of what the alphas move.
     x, y = torch.randn(64, 1, 12, 12, dtype=torch.float64), torch.randint(0, 10, (64,))
@@ -255,6 +256,7 @@ def test_a_subclass_runs_as_its_own_forward_says(active, mode):
     assert_same({k: ours[k] for k in ran}, {k: expected[k] for k in ran})
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_a_path_in_one_graph():
     """The fused ops have fake kernels and autograd of their own: tracing neither breaks nor changes anything."""
     net = pf.spaces.small(num_classes=10, in_channels=1, resolution=28)

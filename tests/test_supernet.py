@@ -22,6 +22,7 @@ def net_of(*alphas):
     return nn.ModuleList(ops)
 
 
+@pytest.mark.slow
 def test_frequencies_follow_p():
     net = net_of([0.0, 1.0, -1.0, 0.5], [2.0, 0.0], [0.1] * 7)
     generator = torch.Generator().manual_seed(11)
@@ -36,6 +37,7 @@ def test_frequencies_follow_p():
     assert stats.chisquare(counts[0], torch.full((4,), DRAWS / 4)).pvalue < 1e-6
 
 
+@pytest.mark.slow
 def test_pairs_follow_two_draws_without_replacement_and_the_pair_s_own_softmax():
     net = net_of([0.0, 1.0, -0.7], [0.3, 0.0, 0.0, 2.0])
     generator = torch.Generator().manual_seed(5)

@@ -108,7 +108,7 @@ def saved(shape: BlockShape, dtype: torch.dtype, policy: str) -> int:
         net = _Eager(shape, dtype)
         return kept(net, x, [*net.parameters(), *net.buffers()])
     params = [p.requires_grad_() for p in shape.params(dtype)]
-    return kept(lambda t: pf.ops.mbconv(t, params, stride=shape.stride, training=True, policy=policy), x, params)
+    return kept(lambda t: pf.ops.mbconv.mbconv(t, params, stride=shape.stride, training=True, policy=policy), x, params)
 
 
 @dataclass

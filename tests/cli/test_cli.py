@@ -235,6 +235,7 @@ def test_nan_names_step_and_layer(dataset, tmp_path, capsys):
     assert "loss: got nan at" in line and " step " in line and "first output that is not finite is that of" in line
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     """The same from outside: exit code and streams."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

@@ -262,6 +262,7 @@ def test_a_model_that_disagrees_is_not_written(small, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nets_of_other_making_are_traced(tmp_path):
     class Odd(nn.Module):
         def __init__(self):

@@ -284,6 +284,7 @@ def test_memory_policies_keep_what_they_say():
     assert saved["fast"] - saved["lean"] == 96 * 2 * 16 * 16
 
 
+@pytest.mark.slow
 def test_wide_tensor_too_large_for_scratch_memory():
     """More than 128 MiB of d: lean, probe and no-grad passes run image by image, with the same results."""
     sample = Sample(5, 8, 6, 260, 260, 3, 1, 13)
@@ -297,6 +298,7 @@ def test_wide_tensor_too_large_for_scratch_memory():
     torch.testing.assert_close(gate[0], (kept["out"] * grad).sum(), rtol=0, atol=1e-4 * grad.norm().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", pf.build_info()["instruction_sets"])
 def test_each_instruction_set(isa):
     """The sweep again in a process that runs with another instruction set."""

@@ -104,6 +104,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(gate_dot, (x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     for _, x in sample_inputs(dtype):
@@ -112,6 +113,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(ops.gate_dot.default, (x, torch.randn_like(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", pf.build_info()["instruction_sets"])
 def test_every_instruction_set(isa, tmp_path):
     flags = {"avx2": "avx2", "avx512": "avx512f"}
@@ -147,6 +149,7 @@ def _cpu_flags():
         return []
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set_is_refused(tmp_path):
     code = "import torch, proxyless_fast as pf\npf.instruction_set()"
     run = run_with("mmx", code, tmp_path)

@@ -375,6 +375,7 @@ def planted_search(mode, weight, epochs=30):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "two", "reinforce"])
 def test_search_finds_the_planted_optimum(mode):
     net = planted_search(mode, weight=0.0)
@@ -382,6 +383,7 @@ def test_search_finds_the_planted_optimum(mode):
     assert sum(found[label] == best for label, best in net.best.items()) >= 0.9 * len(found), (found, net.best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "two", "reinforce"])
 def test_a_larger_latency_term_moves_it_to_the_faster_ones(mode):
     net = planted_search(mode, weight=20.0)
