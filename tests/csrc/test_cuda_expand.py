@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from proxyless_fast.ops import expand_depthwise_backward_reference, expand_depthwise_forward_reference
-from proxyless_fast.ops.depthwise import ACTIVATIONS, expand_reference
+from proxyless_fast.ops.activation import ACTIVATIONS
+from proxyless_fast.ops.depthwise import expand_reference
 from tests.csrc.emulation import emulate
 from tests.csrc.test_cuda_depthwise import assert_as_exact, double, eager, relative
 

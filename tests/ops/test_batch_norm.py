@@ -78,6 +78,7 @@ def test_gradcheck(activation, training):
     assert torch.autograd.gradcheck(function, (x, weight.requires_grad_(), bias.requires_grad_()))
 
 
+@pytest.mark.slow
 def test_opcheck():
     for _, x in sample_inputs():
         weight, bias, mean, var = (t.requires_grad_(i < 2) for i, t in enumerate(parameters(x)))

@@ -83,6 +83,7 @@ def test_gradcheck(activation, training):
     assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in values])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(training):
     x, co, k, stride = CASES["contiguous, odd sizes"]

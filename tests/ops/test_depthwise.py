@@ -138,6 +138,7 @@ def test_gradcheck(shape, prologue):
     assert torch.autograd.gradcheck(lambda *t: depthwise_forward(*t, stride)[1:], weights_only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -188,6 +189,7 @@ def test_expand_and_depthwise_in_one(shape, ci, activation, dtype, device):
     torch.testing.assert_close(expand_depthwise_forward(view, *tensors[1:], stride, activation)[0], d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape, ci, activation", EXPANDED, ids=str)

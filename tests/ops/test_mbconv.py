@@ -221,6 +221,7 @@ def test_gradcheck(sample):
     assert torch.autograd.gradcheck(function, inputs, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", SMALL, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(sample, dtype):

@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels need on a card: registers, spills, shared memory, occupancy.
 
-`python -m tests.csrc.emulation.resources` prints the tables of docs/gpu-cuda.md.
+`python -m tests.csrc.emulation.resources` prints the tables of docs/generated/gpu-stencils.md.
 """
 
 import functools

@@ -47,7 +47,7 @@ if INTERPRETING:
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
-    # The interpreter makes so many short-lived objects that looking for cycles takes a quarter of its time.
+    # The interpreter makes so many short-lived objects that looking for cycles takes a tenth of its time.
     gc.freeze()
     gc.set_threshold(100_000)
 
