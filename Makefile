@@ -5,6 +5,8 @@ ARGS ?=
 BIN := .venv/bin
 # Twice quiet: warnings of pip about its own configuration would bury the lines that say how far it is.
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
+# Tests in as many processes as there are cores, four at most. A thread that waits gives its core to the other process.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help search test test-quick bench bench-gpu tune-gpu lint format docs dist sanitize clean
@@ -41,10 +43,10 @@ search: .venv/built
 	@$(BIN)/proxyless-fast search --all $(ARGS)
 
 test: .venv/built
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-quick: .venv/built
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 bench: .venv/built
 	@$(BIN)/proxyless-fast bench $(ARGS)

@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.relative_to(Path(__file__).parent).as_posix()
         if place.startswith(tuple(f"{folder}/" for folder in SLOW)):
             item.add_marker(pytest.mark.slow)
+    # The longest first, so that two processes end together.
+    items.sort(key=lambda item: "test_in_the_interpreter" not in item.name)
 
 
 @pytest.fixture(autouse=True)

@@ -14,26 +14,14 @@ FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 triton = pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """The tests of each file, started together: processes of one thread, since the interpreter has no more.
-
-    Processes of their own, because the interpreter is chosen when Triton is imported.
-    """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    started = {name: subprocess.Popen([*command, str(HERE / "interpreted" / name)], **options) for name in FILES}
-    yield started
-    for process in started.values():
-        process.kill()  # those whose test was not run
-        process.wait()
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_in_the_interpreter(name, interpreted):
-    said, _ = interpreted[name].communicate()
-    assert interpreted[name].returncode == 0, said[-7000:]
+def test_in_the_interpreter(name):
+    """A process of its own, because the interpreter is chosen when Triton is imported; it has one thread."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    path = HERE / "interpreted" / name
+    done = subprocess.run([*command, path], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-7000:]
 
 
 def test_triton_is_imported_when_a_gpu_asks_for_it_and_not_before():
