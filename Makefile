@@ -73,7 +73,7 @@ docs: .venv/docs
 	@echo "build/docs/index.html"
 
 dist: .venv/installed
-	@tests/dist/run.sh "$(PYTHON)" "$(TORCH)"
+	@tests/packaging/run.sh "$(PYTHON)" "$(TORCH)"
 
 sanitize:
 	@csrc/tests/sanitize.sh
