@@ -83,6 +83,14 @@ void keep_options(AutogradContext* ctx, int64_t stride, std::string_view activat
   ctx->saved_data["eps"] = eps;
 }
 
+// Backward of these ops is an op without a derivative of its own: to go on would give zeros where there are gradients.
+void require_once(const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !at::GradMode::is_enabled(), op,
+      ": can be differentiated once, and this backward was asked to be differentiable itself (create_graph=True); "
+      "proxyless_fast.set_policy(net, 'off') runs torch's own ops, which can");
+}
+
 OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 struct MBConvFunction : Function<MBConvFunction> {
@@ -104,6 +112,7 @@ struct MBConvFunction : Function<MBConvFunction> {
     return {out, y, d, statistics};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_once("mbconv");
     const auto count = static_cast<size_t>(ctx->saved_data["params"].toInt());
     variable_list result(1 + count + static_cast<size_t>(ctx->saved_data["others"].toInt()));
     if (!grads[0].defined()) return result;
@@ -148,6 +157,7 @@ struct BatchNormActFunction : Function<BatchNormActFunction> {
     return {out, statistics};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_once("batch_norm_act");
     const auto saved = ctx->get_saved_variables();
     const auto [dx, dweight, dbias] = batch_norm_act_backward_op().call(
         grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["activation"].toStringView(),
@@ -184,6 +194,7 @@ struct ConvNormActFunction : Function<ConvNormActFunction> {
     return {out, statistics, mean, cov};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    require_once("conv_norm_act");
     const auto saved = ctx->get_saved_variables();
     const auto [dweight, dgamma, dbeta] =
         conv_backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],

@@ -21,7 +21,7 @@ class OpShape:
     kind: str
     input: tuple[int, ...]
     output: tuple[int, ...]
-    attributes: tuple[tuple[str, int], ...] = ()
+    attributes: tuple[tuple[str, int | str], ...] = ()
     macs: int = 0
     parameters: int = 0
 
@@ -58,6 +58,34 @@ class Layer:
     def output(self) -> tuple[int, ...] | None:
         """(height, width, channels) of the first choice that has a cost; None where no choice has one."""
         return next((shape.output for shape in self.choices if shape is not None), None)
+
+
+def cost_of(place: str, module: nn.Module, input: tuple[int, ...], **options: Any) -> OpShape | None:
+    """What a module says it costs at input (height, width, channels), by its method `shape(input, ...)`; None: nothing.
+
+    Raises ValueError, which names the place, for a module that says nothing, or that cannot take this input.
+    """
+    shape = getattr(module, "shape", None)
+    if not callable(shape):
+        raise ValueError(
+            f"{place} is a {type(module).__name__}, which does not say what it costs; give it a method shape(input, "
+            "idskip=0) that returns an OpShape, or None where it costs nothing (proxyless_fast.costs)"
+        )
+    try:
+        found = shape(input, **options)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if found is not None and not isinstance(found, OpShape):
+        raise ValueError(f"{place}: shape(input) must return an OpShape or None, got a {type(found).__name__}")
+    return found
+
+
+def require_cost(place: str, module: nn.Module, input: tuple[int, ...], **options: Any) -> OpShape:
+    """`cost_of` of a layer that every net has. Raises ValueError where it costs nothing too."""
+    found = cost_of(place, module, input, **options)
+    if found is None:
+        raise ValueError(f"{place} is a {type(module).__name__} that costs nothing, expected a layer with a cost")
+    return found
 
 
 def conv_output(size: int, stride: int) -> int:

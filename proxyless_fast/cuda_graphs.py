@@ -219,7 +219,7 @@ class RecordedPaths:
         """Where the weights and statistics lie that a recording reads."""
         modules = [m for j in op.gated_indices for m in self.modules[j]]
         held = [t for m in modules for group in (m._parameters, m._buffers) for t in group.values()]
-        return (op.alpha.data_ptr(), *(t.data_ptr() for t in held if t is not None))
+        return (op.alpha.data_ptr(), op.pruned.data_ptr(), *(t.data_ptr() for t in held if t is not None))
 
     def _key(self, op: MixedOp, x: Tensor, shortcut: bool, wanted: Sequence[Tensor]) -> tuple:
         device = x.device.type

@@ -6,50 +6,62 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._deprecated import renamed_arguments
 from .costs import describe_layers
+from .reading import Convolution, Norm, Unreadable, common_norm
 
 POLICIES = ("fast", "lean", "auto", "off")
 
 
-class Norm(NamedTuple):
-    """How the batch norms of a block run."""
-
-    training: bool
-    momentum: float
-    eps: float
-
-
 class FusedArguments(NamedTuple):
-    """What a fused op takes of a block, gathered once: a step asks it of a hundred blocks."""
+    """What a fused op takes of a block, read once and kept while the block is as it was."""
 
-    params: list[Any]
-    running: list[Any]
-    norms: list[Any]
+    params: list[Tensor]
+    running: list[Tensor]
+    norms: list[nn.BatchNorm2d]
     norm: Norm
+    stride: int
+    activation: str
 
 
-def norm_of(norms: Sequence[Any]) -> tuple[str, Norm | None]:
-    """The common setting of some nn.BatchNorm2d: ("", Norm), or (why the fused ops cannot run them, None)."""
-    common = None
-    for bn in norms:
-        if type(bn) is not nn.BatchNorm2d:
-            return f"a norm is a {type(bn).__name__}, not an nn.BatchNorm2d", None
-        if not bn.affine or bn._buffers["running_mean"] is None or bn.momentum is None:
-            return "a batch norm lacks weights, running statistics or a fixed momentum", None
-        own = (bn.training, bn.momentum, bn.eps)
-        if common is not None and own != common:
-            return "the batch norms of the block differ in mode, momentum or eps", None
-        common = own
-    return ("", Norm(*common)) if common is not None else ("there is no batch norm", None)
+def gather(
+    convs: Sequence[Convolution | None], norms: Sequence[nn.BatchNorm2d], stride: int, activation: str
+) -> FusedArguments:
+    """The tensors of convolutions (None: one that runs by itself) and their norms, in order.
+
+    Raises Unreadable for tensors the kernels cannot take, or norms that differ.
+    """
+    params: list[Any] = []
+    running: list[Any] = []
+    for conv, bn in zip(convs, norms, strict=True):
+        params += [] if conv is None else [conv.module._parameters["weight"]]
+        params += [bn._parameters["weight"], bn._parameters["bias"]]
+        running += [bn._buffers["running_mean"], bn._buffers["running_var"]]
+    require_tensors([*params, *running])
+    return FusedArguments(params, running, list(norms), common_norm(norms), stride, activation)
 
 
-def parameter(module: nn.Module, name: str) -> Any:
-    """module.name, past nn.Module's slow look-up where it is a plain parameter: a step asks for thousands."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+def require_tensors(tensors: Sequence[Any]) -> None:
+    """Raises Unreadable where a tensor is of a type of its own, or lies elsewhere than the first of them."""
+    for t in tensors:
+        if type(t) not in (nn.Parameter, Tensor):
+            raise Unreadable(f"a weight is a {type(t).__name__}, not a plain tensor")
+        if t.device != tensors[0].device or t.dtype != tensors[0].dtype:
+            raise Unreadable(f"its tensors are {tensors[0].dtype} on {tensors[0].device} and {t.dtype} on {t.device}")
+
+
+def why_not_now(x: Any) -> str:
+    """What stands in the way of any fused op at this call, whatever the block: empty if nothing does.
+
+    An exported or traced net must run where this package is not installed: it is made of torch's own ops.
+    """
+    if not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__}, not a tensor"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "the net is being exported, and a file of it must run without this package"
+    return ""
 
 
 def count_batch(norms: Sequence[Any]) -> None:

@@ -31,8 +31,8 @@ class GatedStep(NamedTuple):
 def attach_gates(step: GatedStep, alpha: Tensor, output: Any, term: GateTerm | None) -> Any:
     """The active candidate's output, with the gates' backward attached to its floating-point tensors.
 
-    alpha: (N,), gets the gradient of eq. 4. term: what the active candidate handed out in place of its output, if it
-    did. Raises ValueError where the output holds no floating-point tensor.
+    alpha: (N,), -inf where pruned, gets the gradient of eq. 4. term: what the active candidate handed out in place of
+    its output, if it did. Raises ValueError where the output holds no floating-point tensor.
     """
     leaves, spec = pytree.tree_flatten(output)
     places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]

@@ -24,8 +24,9 @@ class MixedOp(nn.Module):
     arguments and give outputs of one structure and shape: tensors, or tuples, lists and dicts of them. label: the name
     of this op in `mixed_ops`, tables and logs; by default its place in the net.
 
-    alpha: nn.Parameter (N,), the architecture parameters, zero at first; a candidate whose alpha is -inf is pruned and
-    is neither sampled nor probed. Modes, set by `activate` or by `proxyless_fast.sample`:
+    alpha: nn.Parameter (N,), the architecture parameters, zero at first. pruned: buffer (N,), bool; a pruned candidate
+    keeps its alpha, has probability 0 and is neither sampled nor probed (an alpha of -inf counts as pruned). Modes, set
+    by `activate` or by `proxyless_fast.sample`:
 
     * "path": the active candidate runs, and nothing else; alpha gets no gradient (a weight step, or evaluation).
     * "full": the active candidate's output; backward probes the others one at a time, without autograd, and gives
@@ -41,6 +42,7 @@ class MixedOp(nn.Module):
     """
 
     alpha: nn.Parameter
+    pruned: Tensor
 
     def __init__(self, candidates: Mapping[str, nn.Module] | Sequence[nn.Module], label: str | None = None):
         super().__init__()
@@ -57,6 +59,8 @@ class MixedOp(nn.Module):
         self.label = label
         self.candidates = nn.ModuleList([module for _, module in named])
         self.alpha = nn.Parameter(torch.zeros(len(named)))
+        # A mask beside alpha, not an alpha of -inf: averages of weights (EMA) would make NaN of that.
+        self.register_buffer("pruned", torch.zeros(len(named), dtype=torch.bool))
         self.mode: Mode = "path"
         self.active = 0
         self.partner: int | None = None
@@ -77,9 +81,13 @@ class MixedOp(nn.Module):
             raise IndexError(f"candidate index must be from 0 to {len(self) - 1}, got {candidate}")
         return int(candidate)
 
+    def logits(self) -> Tensor:
+        """alpha, with -inf for the pruned candidates, (N,), differentiable: what p is the softmax of."""
+        return self.alpha.masked_fill(self.pruned, -torch.inf)
+
     def probabilities(self) -> Tensor:
-        """p = softmax(alpha), (N,), differentiable."""
-        return torch.softmax(self.alpha, 0)
+        """p = softmax(alpha) over the candidates that are not pruned, (N,), differentiable."""
+        return torch.softmax(self.logits(), 0)
 
     def gate_probabilities(self) -> Tensor:
         """The probabilities of the sampled gates, (N,), differentiable: in mode "two" softmax over the pair, else p."""
@@ -93,8 +101,8 @@ class MixedOp(nn.Module):
 
     @property
     def most_likely(self) -> int:
-        """Index of the largest alpha; the lower index where several are equal."""
-        return int(torch.argmax(self.alpha.detach().cpu()))
+        """Index of the largest alpha of those not pruned; the lower index where several are equal."""
+        return int(torch.argmax(self.logits().detach().cpu()))
 
     @torch.no_grad()
     def activate(
@@ -115,7 +123,7 @@ class MixedOp(nn.Module):
             raise ValueError(f"partner belongs to mode 'two', got {partner!r} in mode {mode!r}")
         if other == active:
             raise ValueError(f"partner must differ from the active candidate, got {partner!r} for both")
-        alive = (self.alpha > -torch.inf).tolist()
+        alive = (self.logits() > -torch.inf).tolist()
         if mode == "two" and other is None and sum(alive) > 1:
             raise ValueError("partner must be given in mode 'two', got None")
         self.set_path(active, mode, other, alive)
@@ -150,11 +158,11 @@ class MixedOp(nn.Module):
 
     @torch.no_grad()
     def prune(self, threshold: float) -> list[str]:
-        """Set alpha to -inf where p < threshold, and return those names; the most likely candidate always stays."""
+        """Prune where p < threshold, for good, and return those names; the most likely candidate always stays."""
         p = self.probabilities().cpu()
         gone = (p < threshold) & (p > 0)
         gone[self.most_likely] = False
-        self.alpha[gone.to(self.alpha.device)] = -torch.inf
+        self.pruned |= gone.to(self.pruned.device)
         return [name for name, pruned in zip(self.names, gone.tolist(), strict=True) if pruned]
 
     # The index of the active path is data to a compiled graph around this op, which would otherwise be compiled anew
@@ -171,7 +179,7 @@ class MixedOp(nn.Module):
             return candidate(*args, **kwargs)
         run = offered(candidate, "run_gated") if len(args) == 1 and not kwargs else None
         output, term = (candidate(*args, **kwargs), None) if run is None else run(args[0])
-        return attach_gates(self._gated_step(args, kwargs), self.alpha, output, term)
+        return attach_gates(self._gated_step(args, kwargs), self.logits(), output, term)
 
     @torch.compiler.disable(recursive=False)
     def with_shortcut(self, x: Tensor) -> Tensor:
@@ -188,7 +196,7 @@ class MixedOp(nn.Module):
         if not gated:
             return run(x)
         output, term = run(x, shortcut=True)
-        summed = attach_gates(self._gated_step((x,), {}), self.alpha, output, term)
+        summed = attach_gates(self._gated_step((x,), {}), self.logits(), output, term)
         return summed + x if term is None else summed
 
     def _gated_step(self, args: tuple, kwargs: dict[str, Any]) -> GatedStep:
@@ -202,7 +210,7 @@ class MixedOp(nn.Module):
 
     def _all_paths(self, args: tuple, kwargs: dict) -> Any:
         weights = self.probabilities() if self.mode == "softmax" else [1] * len(self)
-        live = (self.alpha.detach() > -torch.inf).tolist()
+        live = (self.logits().detach() > -torch.inf).tolist()
         total: list[Tensor] | None = None
         spec = None
         for module, weight, alive in zip(self.candidates, weights, live, strict=True):
@@ -218,6 +226,16 @@ class MixedOp(nn.Module):
         """Old name of `gated_indices`, as a list."""
         warn_renamed("MixedOp.gated()", "MixedOp.gated_indices")
         return list(self.gated_indices)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        """As nn.Module's; what was pruned before there was a mask had an alpha of -inf."""
+        alpha = state_dict.get(f"{prefix}alpha")
+        if alpha is not None and f"{prefix}pruned" not in state_dict and alpha.shape == self.alpha.shape:
+            pruned = alpha.detach() == -torch.inf
+            finite = torch.where(pruned, torch.finfo(alpha.dtype).max, alpha.detach()).min()
+            state_dict[f"{prefix}pruned"] = pruned
+            state_dict[f"{prefix}alpha"] = torch.where(pruned, finite, alpha.detach())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         label = f"{self.label}: " if self.label else ""

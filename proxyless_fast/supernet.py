@@ -57,8 +57,8 @@ def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def padded_alphas(ops: list[MixedOp]) -> Tensor:
-    """(ops, most candidates): the alphas, differentiable, with -inf where an op has fewer candidates."""
-    return nn.utils.rnn.pad_sequence([op.alpha for op in ops], batch_first=True, padding_value=-torch.inf)
+    """(ops, most candidates): the alphas, differentiable, with -inf for pruned candidates and where an op has fewer."""
+    return nn.utils.rnn.pad_sequence([op.logits() for op in ops], batch_first=True, padding_value=-torch.inf)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_C",),
     ("ops",),
     ("candidates", "costs"),
+    ("reading",),
     ("fusion",),
     ("blocks",),
     ("gates",),

@@ -1,7 +1,6 @@
 """MixedOp and its gates against plain autograd: what DESIGN's semantics 1 to 5 and 8 promise."""
 
 import copy
-import math
 import pickle
 
 import pytest
@@ -274,7 +273,7 @@ def test_pruned_candidates_are_neither_sampled_nor_probed():
     optimizer = torch.optim.Adam(pf.arch_parameters(op), lr=0.1, betas=(0.0, 0.999))
     op(torch.randn(2, 6, 5, 5, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
-    assert 2 not in ran and op.alpha[2] == -math.inf and op.alpha[[0, 1, 3]].isfinite().all()
+    assert 2 not in ran and op.pruned.tolist() == [False, False, True, False] and op.alpha.isfinite().all()
     for _ in range(30):
         pf.sample(op, "two", generator)
         assert 2 not in (op.active, op.partner)

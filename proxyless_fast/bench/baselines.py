@@ -189,7 +189,8 @@ class Official(Subject):
         return weights, torch.optim.Adam(self.alphas, ARCH_LR, betas=(0.0, 0.999))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        result = self.net.load_state_dict({_official_name(name): value for name, value in state.items()}, strict=False)
+        theirs = {_official_name(name): value for name, value in state.items() if not name.endswith(".pruned")}
+        result = self.net.load_state_dict(theirs, strict=False)
         wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if "AP_path_wb" not in name)]
         if wrong:
             raise RuntimeError(f"official: its state dict differs from this project's in {', '.join(wrong[:5])}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..candidates import GateTerm, has_hooks
+from ..candidates import GateTerm
 from ..checks import check_positive
 from ..costs import OpShape, conv_output, count_elements
-from ..fusion import FusedArguments, Fusible, count_batch, norm_of, parameter
+from ..fusion import FusedArguments, Fusible, count_batch, gather, why_not_now
 from ..ops.batch_norm import norm_dot
 from ..ops.mbconv import can_run_mbconv, mbconv, mbconv_before_norm, probe
 from ..ops.statistics import gram
+from ..reading import Snapshot, Stage, Unreadable, read_stage, require_unhooked
 from .parts import activation, batch_norm, check_odd, conv2d
 
 Gram = tuple[Tensor, Tensor]  # mean (C,) and covariance (C, C) of a tensor's pixels
@@ -48,7 +49,7 @@ def probe_blocks(
         if isinstance(block, MBConv):
             _, plan = block._plan(x)
             if plan is not None:
-                kinds.setdefault((block.stride, block.act, plan.norm), []).append((place, plan))
+                kinds.setdefault((plan.stride, plan.activation, plan.norm), []).append((place, plan))
     for (stride, act, norm), members in kinds.items():
         plans = [plan for _, plan in members]
         params, running = [plan.params for plan in plans], [plan.running for plan in plans]
@@ -58,6 +59,57 @@ def probe_blocks(
         if norm.training:
             count_batch([bn for plan in plans for bn in plan.norms])
     return gates
+
+
+class Stages(NamedTuple):
+    """An MBConv as its modules are: expansion (or none), depthwise convolution, projection."""
+
+    expand: Stage | None
+    depth: Stage
+    project: Stage
+
+    @property
+    def in_channels(self) -> int:
+        return self.depth.conv.out_channels if self.expand is None else self.expand.conv.inputs
+
+    @property
+    def wide(self) -> int:
+        return self.depth.conv.out_channels
+
+    @property
+    def all(self) -> list[Stage]:
+        return [self.depth, self.project] if self.expand is None else [self.expand, self.depth, self.project]
+
+
+def read_stages(block: MBConv) -> Stages:
+    """What the modules of an MBConv are. Raises Unreadable for anything but an MBConv, in words."""
+    expand = block.inverted_bottleneck
+    stages = Stages(
+        None if expand is None else _read_pointwise(expand, "inverted_bottleneck"),
+        read_stage(block.depth_conv, "depth_conv"),
+        _read_pointwise(block.point_linear, "point_linear"),
+    )
+    conv = stages.depth.conv
+    if conv.inputs != 1 or conv.groups != conv.out_channels:
+        raise Unreadable(
+            f"depth_conv is no depthwise convolution: {conv.groups} groups of {conv.out_channels} channels"
+        )
+    if stages.expand is not None and stages.expand.conv.out_channels != stages.wide:
+        raise Unreadable("inverted_bottleneck has another width than depth_conv")
+    if stages.project.conv.inputs != stages.wide:
+        raise Unreadable("point_linear has another width than depth_conv")
+    if stages.project.activation != "identity":
+        raise Unreadable(f"point_linear has an activation, {stages.project.activation}")
+    if stages.expand is not None and stages.expand.activation != stages.depth.activation:
+        raise Unreadable(f"its activations differ: {stages.expand.activation} and {stages.depth.activation}")
+    return stages
+
+
+def _read_pointwise(group: Any, place: str) -> Stage:
+    stage = read_stage(group, place)
+    if (stage.conv.kernel_size, stage.conv.stride, stage.conv.groups) != (1, 1, 1):
+        raise Unreadable(f"{place}.conv is not 1x1 with stride 1 and one group")
+    return stage
 
 
 class MBConv(Fusible, nn.Module):
@@ -86,8 +138,6 @@ class MBConv(Fusible, nn.Module):
         super().__init__()
         check_positive(in_channels=in_channels, out_channels=out_channels, stride=stride, expand_ratio=expand_ratio)
         check_odd(kernel_size)
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.expand_ratio, self.act = kernel_size, stride, expand_ratio, act
         wide = in_channels * expand_ratio
 
         def group(conv: nn.Conv2d, act: str | None) -> nn.Sequential:
@@ -100,10 +150,46 @@ class MBConv(Fusible, nn.Module):
         self.depth_conv = group(conv2d(wide, wide, kernel_size, stride, groups=wide), act)
         self.point_linear = group(conv2d(wide, out_channels, 1), None)
 
+    # What the block is, is what its modules are: none of these is kept beside them.
+
+    @property
+    def in_channels(self) -> int:
+        return self._read().in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self._read().project.conv.out_channels
+
+    @property
+    def kernel_size(self) -> int:
+        return self._read().depth.conv.kernel_size
+
+    @property
+    def stride(self) -> int:
+        return self._read().depth.conv.stride
+
+    @property
+    def expand_ratio(self) -> int:
+        stages = self._read()
+        if stages.wide % stages.in_channels:
+            raise ValueError(f"MBConv: {stages.wide} inner channels are no multiple of {stages.in_channels} inputs")
+        return stages.wide // stages.in_channels
+
+    @property
+    def act(self) -> str:
+        """The activation's name: relu6, relu, silu, hardswish or identity."""
+        return self._read().depth.activation
+
     @property
     def name(self) -> str:
         """The official name, e.g. 5x5_MBConv6."""
         return f"{self.kernel_size}x{self.kernel_size}_MBConv{self.expand_ratio}"
+
+    def _read(self) -> Stages:
+        try:
+            return read_stages(self)
+        except Unreadable as reason:
+            raise ValueError(f"MBConv: {reason}; as it is, the block has no size of that name") from None
 
     def forward(self, x: Tensor, shortcut: bool = False) -> Tensor:
         """x (B, in, H, W) to the output, plus x with `shortcut`, which costs nothing where the op is fused."""
@@ -123,7 +209,7 @@ class MBConv(Fusible, nn.Module):
             return self(x), None
         if plan.norm.training:
             count_batch(plan.norms)
-        shared = gram(x.detach()) if plan.norm.training and self.expand_ratio > 1 else None
+        shared = gram(x.detach()) if plan.norm.training and len(plan.params) == 9 else None
         out, y, statistics = mbconv_before_norm(
             x, plan.params, plan.running, **self._options(plan), gram=shared, shortcut=shortcut
         )
@@ -142,7 +228,7 @@ class MBConv(Fusible, nn.Module):
         return self.fused(x)[1]
 
     def _options(self, plan: FusedArguments) -> dict[str, Any]:
-        return dict(stride=self.stride, activation=self.act, policy=self.policy, **plan.norm._asdict())
+        return dict(stride=plan.stride, activation=plan.activation, policy=self.policy, **plan.norm._asdict())
 
     def fused(self, x: Tensor) -> tuple[bool, str]:
         """Whether the fused op takes x: (True, ""), or (False, why not, in words)."""
@@ -152,39 +238,51 @@ class MBConv(Fusible, nn.Module):
     def _plan(self, x: Tensor) -> tuple[str, FusedArguments | None]:
         if self.policy == "off":
             return "the policy is 'off'", None
-        modules = [m for m in (self.inverted_bottleneck, self.depth_conv, self.point_linear) if m is not None]
-        groups = [module._modules for module in modules]
-        if has_hooks(*modules) or any(has_hooks(*group.values()) for group in groups):
-            return "a module inside the block has hooks, which the fused op would not run", None
-        norms = [group["bn"] for group in groups]
-        reason, norm = norm_of(norms)
-        if norm is None:
+        reason = why_not_now(x)
+        if reason:
             return reason, None
-        params, running = [], []
-        for group, bn in zip(groups, norms, strict=True):
-            params += [parameter(group["conv"], "weight"), parameter(bn, "weight"), parameter(bn, "bias")]
-            running += [bn._buffers["running_mean"], bn._buffers["running_var"]]
-        reason = can_run_mbconv(x, params, stride=self.stride, activation=self.act)[1]
-        return reason, None if reason else FusedArguments(params, running, norms, norm)
+        found = Snapshot.of(self, self._gather)
+        if isinstance(found, Unreadable):
+            return str(found), None
+        reason = can_run_mbconv(x, found.params, stride=found.stride, activation=found.activation)[1]
+        return reason, None if reason else found
+
+    def _gather(self) -> FusedArguments:
+        stages = read_stages(self)
+        groups = [
+            group for group in (self.inverted_bottleneck, self.depth_conv, self.point_linear) if group is not None
+        ]
+        require_unhooked(module for group in groups for module in (group, *group))
+        convs, norms = [stage.conv for stage in stages.all], [stage.norm for stage in stages.all]
+        return gather(convs, norms, stages.depth.conv.stride, stages.depth.activation)
 
     def recomputed(self) -> tuple[int, int]:
         """Of d, the depthwise output: (multiply-accumulates of one value, values per pixel); see `Fusible`."""
-        return self.in_channels * self.stride**2 + self.kernel_size**2, self.in_channels * self.expand_ratio
+        stages = self._read()
+        return stages.in_channels * stages.depth.conv.stride**2 + stages.depth.conv.kernel_size**2, stages.wide
 
     def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
-        """Cost at input (height, width, channels); idskip 1 where the block around it adds its input."""
-        h, w, _ = input
-        ho, wo = conv_output(h, self.stride), conv_output(w, self.stride)
-        wide = self.in_channels * self.expand_ratio
-        expand = h * w * self.in_channels * wide if self.expand_ratio > 1 else 0
-        macs = expand + ho * wo * wide * (self.kernel_size**2 + self.out_channels)
-        attributes = (
-            ("expand", self.expand_ratio),
-            ("kernel", self.kernel_size),
-            ("stride", self.stride),
-            ("idskip", idskip),
-        )
+        """Cost at input (height, width, channels); idskip 1 where the block around it adds its input.
+
+        Raises ValueError where the block's modules are no MBConv any more, or do not take the input's channels.
+        """
+        stages = self._read()
+        (h, w, channels), depth = input, stages.depth.conv
+        if channels != stages.in_channels:
+            raise ValueError(f"MBConv: input has {channels} channels, expected {stages.in_channels}")
+        ho, wo = conv_output(h, depth.stride), conv_output(w, depth.stride)
+        expand = 0 if stages.expand is None else h * w * channels * stages.wide
+        macs = expand + ho * wo * stages.wide * (depth.kernel_size**2 + self.out_channels)
+        attributes: tuple[tuple[str, int | str], ...] = (
+            ("expand", self.expand_ratio), ("kernel", depth.kernel_size), ("stride", depth.stride), ("idskip", idskip),
+        )  # fmt: skip
+        # The published keys are of ReLU6; another activation takes another time.
+        if self.act != "relu6":
+            attributes += (("act", self.act),)
         return OpShape("expanded_conv", input, (ho, wo, self.out_channels), attributes, macs, count_elements(self))
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels} -> {self.out_channels}, {self.name}, stride {self.stride}"
+        try:
+            return f"{self.in_channels} -> {self.out_channels}, {self.name}, stride {self.stride}"
+        except ValueError:
+            return "edited"

@@ -18,12 +18,13 @@ _NAMES = (
 _PATTERN = re.compile(r"(\d+)x(\d+)_(MBConv|AvgPool|MaxPool|DepthConv|DilatedDepthConv|Conv)(\d*)", re.IGNORECASE)
 
 
-def candidate(name: str, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+def candidate(name: str, in_channels: int, out_channels: int, stride: int = 1, act: str = "relu6") -> nn.Module:
     """Build a candidate operation by its official name (official search/modules/mix_op.py and layers.py).
 
     name: "5x5_MBConv6" and the like, "Zero", "Identity", "3x3_AvgPool", "3x3_MaxPool", "3x3_DepthConv" (also 5x5 and
     7x7), "3x3_DilatedDepthConv" (the paper's CIFAR set), "1x1_Conv", "3x3_Conv" (NAS-Bench-201); case does not matter.
-    Raises ValueError for an unknown name, or sizes that the operation cannot have.
+    act: of an MBConv; the other operations have none of their own. Raises ValueError for an unknown name, or sizes that
+    the operation cannot have.
     """
     check_positive(in_channels=in_channels, out_channels=out_channels, stride=stride)
     if str(name).lower() == "zero":
@@ -40,7 +41,7 @@ def candidate(name: str, in_channels: int, out_channels: int, stride: int = 1) -
         raise ValueError(f"candidate {name!r} is unknown; known are {_NAMES}")
     kernel = int(match[1])
     if kind == "mbconv":
-        return MBConv(in_channels, out_channels, kernel, stride, int(match[4]))
+        return MBConv(in_channels, out_channels, kernel, stride, int(match[4]), act)
     if kind in ("avgpool", "maxpool"):
         if in_channels != out_channels:
             raise ValueError(f"{name} keeps the channels, got {in_channels} -> {out_channels}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..candidates import has_hooks
 from ..checks import check_positive
 from ..costs import OpShape, conv_output, count_elements
 from .parts import check_odd
@@ -94,7 +95,7 @@ class Pool(nn.Module):
             raise ValueError(f"kind must be 'Avg' or 'Max', got {kind!r}")
         check_positive(channels=channels, stride=stride)
         check_odd(kernel_size)
-        self.kind, self.channels, self.kernel_size, self.stride = kind, channels, kernel_size, stride
+        self.channels = channels
         padding = kernel_size // 2
         self.pool: nn.Module = (
             nn.AvgPool2d(kernel_size, stride, padding, count_include_pad=False)
@@ -102,20 +103,38 @@ class Pool(nn.Module):
             else nn.MaxPool2d(kernel_size, stride, padding)
         )
 
+    def _read(self) -> tuple[str, int, int]:
+        """Kind, kernel and stride. Raises ValueError where the module inside is no "same"-padded pooling any more."""
+        pool: Any = self.pool
+        kind = {nn.AvgPool2d: "Avg", nn.MaxPool2d: "Max"}.get(type(pool))
+        plain = kind is not None and isinstance(pool.kernel_size, int) and isinstance(pool.stride, int)
+        plain = plain and pool.padding == pool.kernel_size // 2 and not pool.ceil_mode and not has_hooks(pool)
+        if kind == "Avg":
+            plain = plain and not pool.count_include_pad and pool.divisor_override is None
+        elif kind == "Max":
+            plain = plain and pool.dilation == 1 and not pool.return_indices
+        if kind is None or not plain:
+            raise ValueError(f"Pool: {pool} is no average or max pooling that the block could have been built with")
+        return kind, pool.kernel_size, pool.stride
+
+    @property
+    def stride(self) -> int:
+        return self._read()[2]
+
     @property
     def name(self) -> str:
         """E.g. 3x3_AvgPool."""
-        return f"{self.kernel_size}x{self.kernel_size}_{self.kind}Pool"
+        kind, kernel, _ = self._read()
+        return f"{kernel}x{kernel}_{kind}Pool"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(x)
 
     def shape(self, input: tuple[int, ...], idskip: int = 0) -> OpShape:
         """Cost at input (height, width, channels): no multiply-accumulates, as the official code counts."""
-        h, w, c = input
-        attributes = (("kernel", self.kernel_size), ("stride", self.stride), ("idskip", idskip))
-        output = (conv_output(h, self.stride), conv_output(w, self.stride), c)
-        return OpShape(f"{self.kind.lower()}_pool", input, output, attributes)
+        (h, w, c), (kind, kernel, stride) = input, self._read()
+        attributes = (("kernel", kernel), ("stride", stride), ("idskip", idskip))
+        return OpShape(f"{kind.lower()}_pool", input, (conv_output(h, stride), conv_output(w, stride), c), attributes)
 
 
 class LinearLayer(nn.Module):
@@ -124,9 +143,31 @@ class LinearLayer(nn.Module):
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.0):
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features)
-        self.in_features, self.out_features, self.dropout_rate = in_features, out_features, dropout
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         self.linear = nn.Linear(in_features, out_features)
+
+    def _read(self) -> nn.Linear:
+        """The linear map. Raises ValueError where the classifier holds another module."""
+        linear, dropout = self.linear, self.dropout
+        plain = type(linear) is nn.Linear and linear.bias is not None and not has_hooks(linear)
+        if not plain or (dropout is not None and type(dropout) is not nn.Dropout):
+            raise ValueError(
+                f"LinearLayer: holds {linear} and {dropout}, expected an nn.Linear with bias, and nn.Dropout"
+            )
+        return linear
+
+    @property
+    def in_features(self) -> int:
+        return self._read().weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._read().weight.shape[0]
+
+    @property
+    def dropout_rate(self) -> float:
+        self._read()
+        return 0.0 if self.dropout is None else self.dropout.p
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x if self.dropout is None else self.dropout(x))

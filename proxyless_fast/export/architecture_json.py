@@ -12,6 +12,7 @@ from ..costs import count_macs, count_parameters
 from ..io import documents
 from ..spaces import from_config
 from . import batchnorm
+from .faithful import require_same
 
 FORMAT = "proxyless_fast.architecture"
 
@@ -19,18 +20,21 @@ FORMAT = "proxyless_fast.architecture"
 def architecture(net: nn.Module) -> dict[str, Any]:
     """A JSON-ready description of a derived net of `proxyless_fast.spaces`, with its parameters and MACs.
 
-    Raises ValueError for another net, or one that still holds mixed ops.
+    Raises ValueError for another net, one that still holds mixed ops, or one whose modules were changed into what the
+    description cannot say.
     """
     describe = getattr(net, "config", None)
     if not callable(describe):
         raise ValueError(f"net must be derived from one of proxyless_fast.spaces, got {type(net).__name__}")
-    return {
+    document = {
         "format": FORMAT,
         "net": describe(),
         "bn": batchnorm.settings(net),
         "parameters": count_parameters(net),
         "macs": count_macs(net),
     }
+    require_same(net, lambda: from_architecture(document), "an architecture file")
+    return document
 
 
 def from_architecture(document: Mapping[str, Any]) -> nn.Module:

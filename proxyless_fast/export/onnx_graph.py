@@ -6,8 +6,7 @@ come from here. Modules of other types go through torch's exporter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import singledispatch
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from ..blocks import Identity, LinearLayer, MBConv, Pool, ResidualBlock, Zero
+from ..blocks import ConvLayer, DepthConv, Identity, LinearLayer, MBConv, Pool, ReluConv, ResidualBlock, Zero
+from ..candidates import has_hooks
 from ..spaces.cell_net import EDGES, Cell, CellNet, Reduction
 from ..spaces.chain_net import ChainNet
 
@@ -117,19 +117,37 @@ def _pair(value: int | tuple[int, ...]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-@singledispatch
+Writer = Callable[..., str]
+_WRITERS: dict[type, Writer] = {}
+
+
+def writes(*kinds: type) -> Callable[[Writer], Writer]:
+    """Register what appends modules of exactly these types; a subclass may have another forward."""
+
+    def register(writer: Writer) -> Writer:
+        _WRITERS.update(dict.fromkeys(kinds, writer))
+        return writer
+
+    return register
+
+
 def emit(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -> str:
     """Append the inference form of `module`, applied to the value `x`, and return the name of its output.
 
-    `name` is the module's place in the net and prefixes its parameters, as in a state dict.
+    `name` is the module's place in the net and prefixes its parameters, as in a state dict. Raises Unsupported for a
+    type without a writer, and for a module with hooks or a forward of its own.
     """
-    raise Unsupported(f"no ONNX form for {type(module).__name__} ({name or 'the module itself'})")
+    writer = _WRITERS.get(type(module))
+    if writer is None or has_hooks(module) or "forward" in module.__dict__:
+        raise Unsupported(f"no ONNX form for {type(module).__name__} ({name or 'the module itself'}), as it is")
+    return writer(module, graph, x, name)
 
 
 def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
+@writes(nn.Sequential, nn.ModuleList, ConvLayer, DepthConv, ReluConv, LinearLayer, Pool)
 def emit_children(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -> str:
     """For modules whose forward applies their children in order."""
     for child_name, child in module.named_children():
@@ -137,18 +155,20 @@ def emit_children(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -
     return x
 
 
-for _kind in (nn.Sequential, nn.ModuleList, MBConv, LinearLayer, Pool):
-    emit.register(_kind)(emit_children)
+@writes(MBConv)
+def _(module: MBConv, graph: OnnxGraph, x: str, name: str = "") -> str:
+    for group in ("inverted_bottleneck", "depth_conv", "point_linear"):  # what its forward runs, whatever else it holds
+        child = getattr(module, group)
+        x = x if child is None else emit(child, graph, x, _join(name, group))
+    return x
 
 
-@emit.register(nn.Identity)
-@emit.register(Identity)
-@emit.register(nn.Dropout)
+@writes(nn.Identity, Identity, nn.Dropout)
 def _(module: nn.Module, graph: OnnxGraph, x: str, name: str = "") -> str:
     return x
 
 
-@emit.register
+@writes(nn.Conv2d)
 def _(module: nn.Conv2d, graph: OnnxGraph, x: str, name: str = "") -> str:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise Unsupported(f"no ONNX form for padding {module.padding!r}, mode {module.padding_mode!r} ({name})")
@@ -162,7 +182,7 @@ def _(module: nn.Conv2d, graph: OnnxGraph, x: str, name: str = "") -> str:
     )  # fmt: skip
 
 
-@emit.register
+@writes(nn.BatchNorm2d)
 def _(module: nn.BatchNorm2d, graph: OnnxGraph, x: str, name: str = "") -> str:
     mean, var = module.running_mean, module.running_var
     if mean is None or var is None or module.weight is None:
@@ -172,18 +192,21 @@ def _(module: nn.BatchNorm2d, graph: OnnxGraph, x: str, name: str = "") -> str:
     return graph.node("BatchNormalization", x, *parameters, epsilon=module.eps)
 
 
-@emit.register
+@writes(nn.ReLU6)
 def _(module: nn.ReLU6, graph: OnnxGraph, x: str, name: str = "") -> str:
-    return graph.node("Clip", x, graph.constant("relu6_min", 0.0), graph.constant("relu6_max", 6.0))
+    low, high = (graph.constant(f"bound_{v:g}", float(v)) for v in (module.min_val, module.max_val))
+    return graph.node("Clip", x, low, high)
 
 
-@emit.register
+@writes(nn.ReLU)
 def _(module: nn.ReLU, graph: OnnxGraph, x: str, name: str = "") -> str:
     return graph.node("Relu", x)
 
 
-@emit.register
+@writes(nn.AvgPool2d)
 def _(module: nn.AvgPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    if module.divisor_override is not None:
+        raise Unsupported(f"no ONNX form for a pooling with a divisor of its own ({name})")
     return graph.node(
         "AveragePool", x, kernel_shape=_pair(module.kernel_size), strides=_pair(module.stride),
         pads=_pair(module.padding) * 2, ceil_mode=int(module.ceil_mode),
@@ -191,27 +214,31 @@ def _(module: nn.AvgPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
     )  # fmt: skip
 
 
-@emit.register
+@writes(nn.MaxPool2d)
 def _(module: nn.MaxPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
+    if module.return_indices:
+        raise Unsupported(f"no ONNX form for a pooling that returns indices ({name})")
     return graph.node(
         "MaxPool", x, kernel_shape=_pair(module.kernel_size), strides=_pair(module.stride),
         pads=_pair(module.padding) * 2, dilations=_pair(module.dilation), ceil_mode=int(module.ceil_mode),
     )  # fmt: skip
 
 
-@emit.register
+@writes(nn.AdaptiveAvgPool2d)
 def _(module: nn.AdaptiveAvgPool2d, graph: OnnxGraph, x: str, name: str = "") -> str:
     if module.output_size not in (1, (1, 1)):
         raise Unsupported(f"no ONNX form for adaptive pooling to {module.output_size} ({name})")
     return graph.node("GlobalAveragePool", x)
 
 
-@emit.register
+@writes(nn.Flatten)
 def _(module: nn.Flatten, graph: OnnxGraph, x: str, name: str = "") -> str:
+    if (module.start_dim, module.end_dim) != (1, -1):
+        raise Unsupported(f"no ONNX form for flattening {module.start_dim} to {module.end_dim} ({name})")
     return graph.node("Flatten", x, axis=module.start_dim)
 
 
-@emit.register
+@writes(nn.Linear)
 def _(module: nn.Linear, graph: OnnxGraph, x: str, name: str = "") -> str:
     parameters = [graph.constant(_join(name, "weight"), module.weight)]
     if module.bias is not None:
@@ -219,24 +246,24 @@ def _(module: nn.Linear, graph: OnnxGraph, x: str, name: str = "") -> str:
     return graph.node("Gemm", x, *parameters, transB=1)
 
 
-@emit.register
+@writes(nn.SiLU)
 def _(module: nn.SiLU, graph: OnnxGraph, x: str, name: str = "") -> str:
     return graph.node("Mul", x, graph.node("Sigmoid", x))
 
 
-@emit.register
+@writes(nn.Hardswish)
 def _(module: nn.Hardswish, graph: OnnxGraph, x: str, name: str = "") -> str:
     return graph.node("HardSwish", x)
 
 
-@emit.register
+@writes(Zero)
 def _(module: Zero, graph: OnnxGraph, x: str, name: str = "") -> str:
     if module.stride != 1 or module.out_channels is not None:
         raise Unsupported(f"no ONNX form for a Zero that changes the shape ({name})")
     return graph.node("Mul", x, graph.constant("zero", 0.0))
 
 
-@emit.register
+@writes(ResidualBlock)
 def _(module: ResidualBlock, graph: OnnxGraph, x: str, name: str = "") -> str:
     op = module.mobile_inverted_conv
     if module.shortcut and isinstance(op, Zero):
@@ -245,7 +272,7 @@ def _(module: ResidualBlock, graph: OnnxGraph, x: str, name: str = "") -> str:
     return graph.node("Add", y, x) if module.shortcut else y
 
 
-@emit.register
+@writes(ChainNet)
 def _(module: ChainNet, graph: OnnxGraph, x: str, name: str = "") -> str:
     x = emit(module.first_conv, graph, x, _join(name, "first_conv"))
     x = emit(module.blocks, graph, x, _join(name, "blocks"))
@@ -254,7 +281,7 @@ def _(module: ChainNet, graph: OnnxGraph, x: str, name: str = "") -> str:
     return emit(module.classifier, graph, x, _join(name, "classifier"))
 
 
-@emit.register
+@writes(Cell)
 def _(module: Cell, graph: OnnxGraph, x: str, name: str = "") -> str:
     nodes = [x]
     edges = list(zip(EDGES, module.edges, strict=True))
@@ -270,14 +297,14 @@ def _(module: Cell, graph: OnnxGraph, x: str, name: str = "") -> str:
     return nodes[-1]
 
 
-@emit.register
+@writes(Reduction)
 def _(module: Reduction, graph: OnnxGraph, x: str, name: str = "") -> str:
     shortcut = emit(module.downsample, graph, x, _join(name, "downsample"))
     y = emit(module.conv_a, graph, x, _join(name, "conv_a"))
     return graph.node("Add", shortcut, emit(module.conv_b, graph, y, _join(name, "conv_b")))
 
 
-@emit.register
+@writes(CellNet)
 def _(module: CellNet, graph: OnnxGraph, x: str, name: str = "") -> str:
     x = emit(module.stem, graph, x, _join(name, "stem"))
     x = emit(module.body, graph, x, _join(name, "body"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..blocks import MBConv, ResidualBlock, Zero
 from ..spaces.chain_net import ChainNet
 from . import batchnorm
+from .architecture_json import architecture
 
 
 def timm(net: nn.Module) -> nn.Module:
@@ -36,8 +37,10 @@ def timm(net: nn.Module) -> nn.Module:
             raise ValueError(f"{place} has no form in timm: expected ReLU6, got {layer.act_name}")
     if net.feature_mix_layer.kernel_size != 1 or net.feature_mix_layer.stride != 1:
         raise ValueError("feature_mix_layer has no form in timm: expected kernel size 1 and stride 1")
+    stages = _stages(kept)
+    architecture(net)  # raises for modules that are not what the net's own blocks can be
     model = EfficientNet(
-        decode_arch_def(_stages(kept)),
+        decode_arch_def(stages),
         num_classes=net.num_classes,
         num_features=net.feature_mix_layer.out_channels,
         in_chans=net.in_channels,

@@ -250,6 +250,11 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad_d, grad_mean, grad_var):
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "depthwise_forward can be differentiated once, and this backward was asked to be differentiable itself "
+            "(create_graph=True)"
+        )
     # A gradient to mean and variance is the same affine of (dz, d) that BN2's backward is.
     x, weight, scale, shift, d, mean = ctx.saved_tensors
     dz = torch.zeros_like(d) if grad_d is None else grad_d

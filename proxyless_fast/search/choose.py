@@ -59,7 +59,7 @@ def most_probable_path(ops: Mapping[str, MixedOp], latency: Any, target: float |
     base = {label: 0 for label in ops}
     fixed = latency.of_choices(base)
     extra = [[latency.of_choices({**base, label: j}) - fixed for j in range(len(op))] for label, op in ops.items()]
-    scores = [op.alpha.detach().double().log_softmax(0).tolist() for op in ops.values()]
+    scores = [op.logits().detach().double().log_softmax(0).tolist() for op in ops.values()]
     # Times are differences to the base path, so that the budget is too; the error below names whole paths.
     fastest = fixed + math.fsum(min(row) for row in extra)
     if fastest > target * (1 + 1e-9):

@@ -107,8 +107,6 @@ class SearchConfig:
         if self.prune_below is not None:
             expected = "a probability in (0, 0.5] or None"
             check(self, "prune_below", is_number(self.prune_below) and 0 < self.prune_below <= 0.5, expected)
-            expected = "0 together with prune_below, since a pruned alpha is minus infinity"
-            check(self, "arch_weight_decay", self.arch_weight_decay == 0, expected)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,7 +10,7 @@ from ..mixed import MixedOp
 
 def log_probability(ops: Iterable[MixedOp]) -> Tensor:
     """Log of the probability of the path that is active now: scalar, differentiable in alphas."""
-    return torch.stack([op.alpha.log_softmax(0)[op.active] for op in ops]).sum()
+    return torch.stack([op.logits().log_softmax(0)[op.active] for op in ops]).sum()
 
 
 def reward(accuracy: Tensor, latency: float | None, ref: float | None, exponent: float) -> Tensor:

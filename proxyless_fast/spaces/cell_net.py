@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..blocks import ConvLayer, LinearLayer, ReluConv, candidate
 from ..blocks.parts import batch_norm
 from ..checks import check_positive
-from ..costs import Layer, OpShape, conv_output, count_elements
+from ..costs import Layer, OpShape, conv_output, count_elements, require_cost
 from ..mixed import MixedOp
 from .common import describe_layer, initialise
 
@@ -126,7 +126,7 @@ class CellNet(nn.Module):
 
     def layers(self) -> list[Layer]:
         """Every layer with the cost of each of its choices at this net's resolution."""
-        stem = self.stem.shape((self.resolution, self.resolution, self.in_channels))
+        stem = require_cost("stem", self.stem, (self.resolution, self.resolution, self.in_channels))
         found = [Layer("stem", (stem,), (self.stem,))]
         size = stem.output
         cell = 0
@@ -136,10 +136,10 @@ class CellNet(nn.Module):
                     found.append(describe_layer(f"cells.{cell}.{source}-{node}", op, size, idskip=0))
                 cell += 1
             elif isinstance(module, Reduction):
-                shape = module.shape(size)
+                shape = require_cost(f"body.{i}", module, size)
                 found.append(Layer(f"body.{i}", (shape,), (module,)))
                 size = shape.output
-        head = self.classifier.shape(size)
+        head = require_cost("classifier", self.classifier, size)
         bn = OpShape("bn", size, size, (), 0, count_elements(self.lastact))
         return [*found, Layer("lastact", (bn,), (self.lastact,)), Layer("classifier", (head,), (self.classifier,))]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, Zero, candidate
+from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, candidate
 from ..checks import check_positive
-from ..costs import Layer
+from ..costs import Layer, require_cost
 from ..mixed import MixedOp
 from .common import describe_layer, initialise
 
@@ -43,8 +43,17 @@ class ChainNet(nn.Module):
         self.feature_mix_layer = feature_mix_layer
         self.global_avg_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = classifier
-        self.resolution, self.in_channels = resolution, first_conv.in_channels
-        self.num_classes = classifier.out_features
+        self.resolution = resolution
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images. Raises ValueError where the stem is no plain convolution any more."""
+        return _own(self.first_conv, "first_conv", "in_channels")
+
+    @property
+    def num_classes(self) -> int:
+        """Raises ValueError where the classifier does not tell its outputs."""
+        return _own(self.classifier, "classifier", "out_features")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first_conv(x)
@@ -54,39 +63,41 @@ class ChainNet(nn.Module):
 
     def layers(self) -> list[Layer]:
         """Every layer with the cost of each of its choices at this net's resolution."""
-        fixed = self.first_conv.shape((self.resolution, self.resolution, self.in_channels))
+        fixed = require_cost("first_conv", self.first_conv, (self.resolution, self.resolution, self.in_channels))
         found = [Layer("first_conv", (fixed,), (self.first_conv,))]
         size = fixed.output
         for i, block in enumerate(self.blocks):
             layer = describe_layer(f"blocks.{i}", block.mobile_inverted_conv, size, int(block.shortcut))
             found.append(layer)
             size = layer.output or size
-        last = self.feature_mix_layer.shape(size, kind="Conv_1")
+        last = require_cost("feature_mix_layer", self.feature_mix_layer, size, kind="Conv_1")
         found.append(Layer("feature_mix_layer", (last,), (self.feature_mix_layer,)))
-        found.append(Layer("classifier", (self.classifier.shape(last.output),), (self.classifier,)))
+        head = require_cost("classifier", self.classifier, last.output)
+        found.append(Layer("classifier", (head,), (self.classifier,)))
         return found
 
     def config(self) -> dict[str, Any]:
         """A JSON-ready description of a derived net, from which `from_config` rebuilds it.
 
-        Raises ValueError for a net that still holds mixed ops.
+        Raises ValueError for a net that still holds mixed ops, or modules that no description can say.
         """
-        size = self.first_conv.shape((self.resolution, self.resolution, self.in_channels)).output[-1]
+        size = _own(self.first_conv, "first_conv", "out_channels")
         blocks = []
         for i, block in enumerate(self.blocks):
             op: Any = block.mobile_inverted_conv
             if isinstance(op, MixedOp):
                 raise ValueError(f"net must be derived before it is described; blocks.{i} is still a mixed op")
-            out = size if isinstance(op, Zero) else getattr(op, "out_channels", size)
-            blocks.append(
-                {
-                    "name": op.name,
-                    "in_channels": size,
-                    "out_channels": out,
-                    "stride": getattr(op, "stride", 1),
-                    "shortcut": block.shortcut,
-                }
-            )
+            out = getattr(op, "out_channels", None) or size
+            entry = {
+                "name": _own(op, f"blocks.{i}", "name"),
+                "in_channels": size,
+                "out_channels": out,
+                "stride": getattr(op, "stride", 1),
+                "shortcut": block.shortcut,
+            }
+            if isinstance(op, MBConv) and op.act != "relu6":
+                entry["act"] = op.act
+            blocks.append(entry)
             size = out
         return {
             "kind": "chain",
@@ -95,11 +106,21 @@ class ChainNet(nn.Module):
             "blocks": blocks,
             "feature_mix_layer": _conv_config(self.feature_mix_layer),
             "classifier": {
-                "in_features": self.classifier.in_features,
-                "out_features": self.classifier.out_features,
-                "dropout": self.classifier.dropout_rate,
+                "in_features": _own(self.classifier, "classifier", "in_features"),
+                "out_features": self.num_classes,
+                "dropout": _own(self.classifier, "classifier", "dropout_rate"),
             },
         }
+
+
+def _own(module: nn.Module, place: str, name: str) -> Any:
+    """An attribute that a module has or does not have. Raises ValueError, which names the place."""
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise ValueError(f"{place} is a {type(module).__name__}, which has no {name}") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _conv_config(layer: ConvLayer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..costs import Layer
+from ..costs import Layer, cost_of
 from ..mixed import MixedOp
 
 
@@ -14,7 +14,9 @@ def describe_layer(name: str, op: nn.Module, size: tuple[int, ...], idskip: int)
     """The layer of one operation, or of the candidates of a mixed op, at input (height, width, channels)."""
     mixed = op if isinstance(op, MixedOp) else None
     modules: tuple[Any, ...] = (op,) if mixed is None else tuple(mixed.candidates)
-    return Layer(name, tuple(module.shape(size, idskip=idskip) for module in modules), modules, mixed)
+    places = [name] if mixed is None else [f"{name}, candidate {candidate!r}" for candidate in mixed.names]
+    costs = tuple(cost_of(place, m, size, idskip=idskip) for place, m in zip(places, modules, strict=True))
+    return Layer(name, costs, modules, mixed)
 
 
 def initialise(net: nn.Module) -> None:

@@ -23,7 +23,9 @@ def from_config(config: dict[str, Any]) -> nn.Module:
     if kind != "chain":
         raise ValueError(f"config's kind must be 'chain' or 'cell', got {kind!r}")
     blocks = [
-        ResidualBlock(candidate(b["name"], b["in_channels"], b["out_channels"], b["stride"]), b["shortcut"])
+        ResidualBlock(
+            candidate(b["name"], b["in_channels"], b["out_channels"], b["stride"], b.get("act", "relu6")), b["shortcut"]
+        )
         for b in config["blocks"]
     ]
     net = ChainNet(

@@ -56,7 +56,8 @@ def main() -> None:
     assert Path("bench/bench.json").is_file()
     shutil.rmtree("runs")
     print(
-        f"proxyless_fast {pf.__version__} from a wheel: search --all, bench and py.typed are there; {sys.version.split()[0]}"
+        f"proxyless_fast {pf.__version__} from a wheel: search --all, bench and py.typed are there; Python "
+        f"{sys.version.split()[0]}"
     )
 
 

@@ -12,6 +12,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/ops/activation.h"
+#include "cpu/ops/checks.h"
 #include "cpu/ops/memory.h"
 #include "cpu/ops/parallel.h"
 
@@ -20,17 +21,13 @@ namespace {
 
 using at::Tensor;
 
-void check_norm(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                std::string_view activation) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op,
-                    ": x must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
-                    ": x must be float32 or float64, got ", x.scalar_type());
-  for (const auto& [name, t] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}})
-    TORCH_CHECK_VALUE(t->sizes() == at::IntArrayRef({x.size(1)}) && t->scalar_type() == x.scalar_type(), op, ": ", name,
-                      " must have shape (", x.size(1), ",) and the dtype of x, ", x.scalar_type(), ", got ", t->sizes(),
-                      " and ", t->scalar_type());
+void check_norm(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, std::string_view activation,
+                double eps) {
+  require_real_image(op, "x", x);
+  require(op, "weight", weight, {x.size(1)}, x.scalar_type());
+  require(op, "bias", bias, {x.size(1)}, x.scalar_type());
   check_activation(op, activation);
+  require_eps(op, eps);
 }
 
 int64_t padded(int64_t channels) { return cpu::blocks(channels) * cpu::lanes; }
@@ -98,7 +95,7 @@ void batch_moments(const T* x, int64_t rows, int64_t channels, double* statistic
 std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& weight, const Tensor& bias,
                                           at::TensorList running, std::string_view activation, bool training,
                                           double eps) {
-  check_norm("batch_norm_act", input, weight, bias, activation);
+  check_norm("batch_norm_act", input, weight, bias, activation, eps);
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1), rows = x.numel() / channels;
   TORCH_CHECK_VALUE(!training || rows > 1,
@@ -114,6 +111,7 @@ std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& wei
     if (training) {
       batch_moments(p, rows, channels, p_statistics);
     } else {
+      for (size_t i = 0; i < 2; ++i) require_running("batch_norm_act", i, running[i], channels);
       statistics.slice(0, 0, channels).copy_(running[0]);
       statistics.slice(0, channels).copy_(running[1]);
     }
@@ -129,25 +127,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, c
                                                            const Tensor& weight, const Tensor& bias,
                                                            const Tensor& statistics, std::string_view activation,
                                                            bool training, double eps) {
-  check_norm("batch_norm_act_backward", input, weight, bias, activation);
-  TORCH_CHECK_VALUE(grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type(),
-                    "batch_norm_act_backward: grad must have the shape and dtype of x, ", input.sizes(), " and ",
-                    input.scalar_type(), ", got ", grad.sizes(), " and ", grad.scalar_type());
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * input.size(1),
-                    "batch_norm_act_backward: statistics must be the ", 2 * input.size(1),
-                    " float64 values that batch_norm_act returned, got ", statistics.numel(), " of ",
-                    statistics.scalar_type());
+  check_norm("batch_norm_act_backward", input, weight, bias, activation, eps);
+  require("batch_norm_act_backward", "grad", grad, input.sizes(), input.scalar_type());
+  const Tensor in_use = required_statistics("batch_norm_act_backward", "statistics", statistics, 2 * input.size(1));
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1), rows = x.numel() / channels;
   const int64_t chunks = (rows + chunk_rows(channels) - 1) / chunk_rows(channels), size = 2 * channels;
   Tensor dx = large_empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
-  Tensor dweight = at::empty_like(weight), dbias = at::empty_like(bias);
+  const auto flat = at::MemoryFormat::Contiguous;  // as it is filled, whatever the strides of the weights
+  Tensor dweight = at::empty_like(weight, flat), dbias = at::empty_like(bias, flat);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "batch_norm_act_backward", [&] {
     const auto* p = x.const_data_ptr<scalar_t>();
     const auto* pg = g.const_data_ptr<scalar_t>();
     auto* p_dx = dx.mutable_data_ptr<scalar_t>();
-    const FoldedNorm<scalar_t> norm(weight, bias, statistics.const_data_ptr<double>(), activation, eps);
+    const FoldedNorm<scalar_t> norm(weight, bias, in_use.const_data_ptr<double>(), activation, eps);
     std::vector<double> sums(static_cast<size_t>(chunks * size), 0.0);
     for_chunks(rows, channels, [&](int64_t i, int64_t first, int64_t n) {
       double* sum = sums.data() + i * size;
@@ -176,19 +170,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, c
 
 Tensor norm_dot(const Tensor& grad, const Tensor& input, const Tensor& statistics, const Tensor& gamma,
                 const Tensor& beta, double eps) {
-  check_norm("norm_dot", input, gamma, beta, "identity");
+  check_norm("norm_dot", input, gamma, beta, "identity", eps);
   const int64_t channels = input.size(1), rows = input.numel() / channels;
-  TORCH_CHECK_VALUE(grad.sizes() == input.sizes() && grad.scalar_type() == input.scalar_type(),
-                    "norm_dot: grad must have the shape and dtype of y, ", input.sizes(), ", got ", grad.sizes());
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() >= 2 * channels,
-                    "norm_dot: statistics must end in ", 2 * channels, " float64 values, got ", statistics.numel(),
-                    " of ", statistics.scalar_type());
+  require("norm_dot", "grad", grad, input.sizes(), input.scalar_type());
+  TORCH_CHECK_VALUE(statistics.dim() == 1 && statistics.numel() >= 2 * channels, "norm_dot: statistics must end in ",
+                    2 * channels, " values, got shape ", statistics.sizes());
+  const Tensor in_use = required_statistics("norm_dot", "statistics", statistics.slice(0, -2 * channels), 2 * channels);
   const Tensor y = input.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast);
   double total = 0;
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "norm_dot", [&] {
-    const double* own = statistics.const_data_ptr<double>() + statistics.numel() - 2 * channels;
-    const FoldedNorm<scalar_t> norm(gamma, beta, own, "identity", eps);
+    const FoldedNorm<scalar_t> norm(gamma, beta, in_use.const_data_ptr<double>(), "identity", eps);
     const int64_t chunks = (rows + chunk_rows(channels) - 1) / chunk_rows(channels), size = 2 * channels;
     std::vector<double> sums(static_cast<size_t>(chunks * size), 0.0);
     for_chunks(rows, channels, [&](int64_t i, int64_t first, int64_t n) {

@@ -11,6 +11,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/ops/activation.h"
+#include "cpu/ops/checks.h"
 #include "cpu/ops/memory.h"
 #include "cpu/ops/parallel.h"
 
@@ -26,19 +27,17 @@ constexpr int64_t chunks_wanted = 64;  // pieces of work, whatever the number of
 size_t index(int64_t i) { return static_cast<size_t>(i); }
 
 void check_conv(const char* op, const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
-                int64_t stride, std::string_view activation) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op,
-                    ": x must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
-                    ": x must be float32 or float64, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == weight.size(3) &&
-                        weight.size(2) % 2 == 1 && weight.scalar_type() == x.scalar_type(),
+                int64_t stride, std::string_view activation, double eps) {
+  require_real_image(op, "x", x);
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == x.size(1) &&
+                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
+                        weight.scalar_type() == x.scalar_type(),
                     op, ": weight must have shape (out, ", x.size(1), ", k, k) with k odd and the dtype of x, ",
                     x.scalar_type(), ", got ", weight.sizes(), " and ", weight.scalar_type());
-  for (const auto& [name, t] : {std::pair{"gamma", &gamma}, std::pair{"beta", &beta}})
-    TORCH_CHECK_VALUE(t->sizes() == at::IntArrayRef({weight.size(0)}) && t->scalar_type() == x.scalar_type(), op, ": ",
-                      name, " must have shape (", weight.size(0), ",) and the dtype of x, got ", t->sizes(), " and ",
-                      t->scalar_type());
+  require(op, "weight", weight, weight.sizes(), x.scalar_type());
+  require(op, "gamma", gamma, {weight.size(0)}, x.scalar_type());
+  require(op, "beta", beta, {weight.size(0)}, x.scalar_type());
+  require_eps(op, eps);
   TORCH_CHECK_VALUE(stride >= 1, op, ": stride must be positive, got ", stride);
   check_activation(op, activation);
 }
@@ -147,7 +146,7 @@ void window_moments(FoldedConv<T>& conv, double* mean, double* cov) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_act(const Tensor& x, const Tensor& weight, const Tensor& gamma,
                                                          const Tensor& beta, at::TensorList running, int64_t stride,
                                                          std::string_view activation, bool training, double eps) {
-  check_conv("conv_norm_act", x, weight, gamma, beta, stride, activation);
+  check_conv("conv_norm_act", x, weight, gamma, beta, stride, activation, eps);
   const int64_t co = weight.size(0), n = weight.numel() / co;
   const auto doubles = at::TensorOptions().dtype(at::kDouble);
   Tensor out, statistics = at::empty({2 * co}, doubles), mean = at::empty({training ? n : 0}, doubles),
@@ -177,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_act(const Tensor& x, const 
     } else {
       TORCH_CHECK_VALUE(running.size() == 2, "conv_norm_act: running must hold a mean and a variance, got ",
                         running.size(), " tensors");
+      for (size_t i = 0; i < 2; ++i) require_running("conv_norm_act", i, running[i], co);
       statistics.slice(0, 0, co).copy_(running[0]);
       statistics.slice(0, co).copy_(running[1]);
       conv.set_center(near_mean(conv));
@@ -195,25 +195,27 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_act_backward(const Tensor& grad, co
                                                           const Tensor& statistics, const Tensor& mean,
                                                           const Tensor& cov, int64_t stride,
                                                           std::string_view activation, bool training, double eps) {
-  check_conv("conv_norm_act_backward", x, weight, gamma, beta, stride, activation);
+  check_conv("conv_norm_act_backward", x, weight, gamma, beta, stride, activation, eps);
   const int64_t co = weight.size(0), n = weight.numel() / co;
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() == 2 * co &&
-                        (!training || (mean.numel() == n && cov.numel() == n * n)),
-                    "conv_norm_act_backward: statistics, mean and cov must be what conv_norm_act returned, got ",
-                    statistics.sizes(), ", ", mean.sizes(), " and ", cov.sizes());
-  Tensor dweight = at::empty_like(weight, at::MemoryFormat::Contiguous), dgamma = at::empty_like(gamma),
-         dbeta = at::empty_like(beta);
+  constexpr auto op = "conv_norm_act_backward";
+  const Tensor in_use = required_statistics(op, "statistics", statistics, 2 * co);
+  if (training) {
+    require(op, "mean", mean, {n}, at::kDouble);
+    require(op, "cov", cov, {n, n}, at::kDouble);
+  }
+  const Tensor dense_mean = mean.contiguous(), dense_cov = cov.contiguous();
+  TORCH_CHECK_VALUE(grad.dim() == 4, op, ": grad must have the shape of the output, got ", grad.sizes());
+  const auto flat = at::MemoryFormat::Contiguous;  // as it is filled, whatever the strides of the weights
+  Tensor dweight = at::empty_like(weight, flat), dgamma = at::empty_like(gamma, flat),
+         dbeta = at::empty_like(beta, flat);
   const Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_norm_act_backward", [&] {
     FoldedConv<scalar_t> conv(x, weight, gamma, beta, stride, activation);
     const auto& f = conv.f;
-    TORCH_CHECK_VALUE(
-        grad.sizes() == at::IntArrayRef({f.images, co, f.ho, f.wo}) && grad.scalar_type() == x.scalar_type(),
-        "conv_norm_act_backward: grad must have the shape and dtype of the output, got ", grad.sizes(), " and ",
-        grad.scalar_type());
-    const double *p = statistics.const_data_ptr<double>(), *m = nullptr, *c = nullptr;
+    require(op, "grad", grad, {f.images, co, f.ho, f.wo}, x.scalar_type());
+    const double *p = in_use.const_data_ptr<double>(), *m = nullptr, *c = nullptr;
     if (training) {
-      m = mean.const_data_ptr<double>(), c = cov.const_data_ptr<double>();
+      m = dense_mean.const_data_ptr<double>(), c = dense_cov.const_data_ptr<double>();
       conv.set_center({m, m + n});
     } else {
       conv.set_center(near_mean(conv));

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "cpu/ops/activation.h"
+#include "cpu/ops/checks.h"
 
 namespace pf {
 namespace {
@@ -19,15 +20,7 @@ using cpu::blocks;
 using cpu::lanes;
 
 void check_vector(const char* op, const char* name, const Tensor& t, int64_t n, const Tensor& x) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == n, op, ": ", name, " must have shape (", n, ",), got ", t.sizes());
-  TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x, ", x.scalar_type(),
-                    ", got ", t.scalar_type());
-}
-
-void check_weight(const char* op, const char* name, const Tensor& t, at::IntArrayRef sizes, const Tensor& x) {
-  TORCH_CHECK_VALUE(t.sizes() == sizes, op, ": ", name, " must have shape ", sizes, ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x, ", x.scalar_type(),
-                    ", got ", t.scalar_type());
+  require(op, name, t, {n}, x.scalar_type());
 }
 
 // [block][k][16] from element(row, k): rows become columns of the panel, padded with zeros.
@@ -63,7 +56,7 @@ void Norm::fold(const Tensor& gamma, double eps) {
 
 Covariance::Covariance(const std::optional<Tensor>& given_mean, const std::optional<Tensor>& given_cov, bool forward) {
   if (given_mean.has_value()) mean = given_mean->to(at::kDouble).contiguous();
-  if (!given_cov.has_value()) return;
+  if (!given_cov.has_value() || !given_cov->device().is_cpu()) return;
   cov = given_cov->to(at::kDouble).contiguous();
   if (!forward || cov.dim() != 2 || cov.size(0) != cov.size(1)) return;  // `check_mbconv` says what is wrong
   // The upper triangle by blocks, those off the diagonal doubled: [blocks(n)][n][16].
@@ -79,13 +72,12 @@ Covariance::Covariance(const std::optional<Tensor>& given_mean, const std::optio
 
 MBConvInputs check_mbconv(const char* op, const Tensor& x, at::TensorList params, const Covariance& given,
                           int64_t stride, const std::string& activation, bool training, double eps) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op,
-                    ": x must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
-                    ": x must be float32 or float64, got ", x.scalar_type());
+  require_real_image(op, "x", x);
   TORCH_CHECK_VALUE(params.size() == 6 || params.size() == 9, op,
                     ": params must hold 9 tensors, or 6 without an expand convolution, got ", params.size());
   TORCH_CHECK_VALUE(stride == 1 || stride == 2, op, ": stride must be 1 or 2, got ", stride);
+  for (const Tensor& t : params)
+    TORCH_CHECK_VALUE(t.numel() > 0, op, ": params must not be empty, got one of shape ", t.sizes());
   MBConvInputs a;
   size_t i = 0;
   if (params.size() == 9) {
@@ -97,11 +89,11 @@ MBConvInputs check_mbconv(const char* op, const Tensor& x, at::TensorList params
   TORCH_CHECK_VALUE(a.wd.dim() == 4, op, ": the depthwise weight must have 4 dimensions, got ", a.wd.sizes());
   const int64_t ci = x.size(1), ch = a.wd.size(0), k = a.wd.size(2);
   TORCH_CHECK_VALUE(k == 3 || k == 5 || k == 7, op, ": the kernel size must be 3, 5 or 7, got ", k);
-  check_weight(op, "the depthwise weight", a.wd, {a.expand() ? ch : ci, 1, k, k}, x);
+  require(op, "the depthwise weight", a.wd, {a.expand() ? ch : ci, 1, k, k}, x.scalar_type());
   TORCH_CHECK_VALUE(a.wp.dim() == 4, op, ": the project weight must have 4 dimensions, got ", a.wp.sizes());
-  check_weight(op, "the project weight", a.wp, {a.wp.size(0), ch, 1, 1}, x);
+  require(op, "the project weight", a.wp, {a.wp.size(0), ch, 1, 1}, x.scalar_type());
   if (a.expand()) {
-    check_weight(op, "the expand weight", a.w1, {ch, ci, 1, 1}, x);
+    require(op, "the expand weight", a.w1, {ch, ci, 1, 1}, x.scalar_type());
     check_vector(op, "the first gamma", a.g1, ch, x);
     check_vector(op, "the first beta", a.b1, ch, x);
   }
@@ -110,17 +102,15 @@ MBConvInputs check_mbconv(const char* op, const Tensor& x, at::TensorList params
   check_vector(op, "the third gamma", a.g3, a.wp.size(0), x);
   check_vector(op, "the third beta", a.b3, a.wp.size(0), x);
   check_activation(op, activation);
-  TORCH_CHECK_VALUE(eps >= 0, op, ": eps must not be negative, got ", eps);
+  require_eps(op, eps);
   if (training) {
     const int64_t out = x.size(0) * ((x.size(2) - 1) / stride + 1) * ((x.size(3) - 1) / stride + 1);
     TORCH_CHECK_VALUE(out > 1, op, ": training needs more than one value per channel, got x of shape ", x.sizes());
     if (a.expand()) {
       TORCH_CHECK_VALUE(given.mean.defined() && given.cov.defined(), op,
                         ": training with an expand convolution needs mean and cov, as proxyless_fast::gram gives them");
-      TORCH_CHECK_VALUE(given.mean.sizes() == at::IntArrayRef({ci}), op, ": mean must have shape (", ci, ",), got ",
-                        given.mean.sizes());
-      TORCH_CHECK_VALUE(given.cov.sizes() == at::IntArrayRef({ci, ci}), op, ": cov must have shape (", ci, ", ", ci,
-                        "), got ", given.cov.sizes());
+      require(op, "mean", given.mean, {ci}, at::kDouble);
+      require(op, "cov", given.cov, {ci, ci}, at::kDouble);
       a.mean = given.mean, a.cov = given.cov, a.panel = given.panel;
     }
   }
@@ -138,8 +128,7 @@ void check_running(const char* op, const MBConvInputs& a, at::TensorList running
                     wanted, " tensors, got ", running.size());
   for (size_t i = 0; i < wanted; ++i) {
     const int64_t c = i + 2 < wanted ? a.wd.size(0) : a.wp.size(0);
-    TORCH_CHECK_VALUE(running[i].sizes() == at::IntArrayRef({c}), op, ": running[", i, "] must have shape (", c,
-                      ",), got ", running[i].sizes());
+    require_running(op, i, running[i], c);
   }
 }
 

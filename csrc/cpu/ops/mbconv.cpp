@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/ops/checks.h"
 #include "cpu/ops/folded_mbconv.h"
 #include "cpu/ops/memory.h"
 
@@ -132,24 +133,26 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
                     "mbconv_backward: grad must have the shape of y, ", y.sizes(), ", and the dtype of x, got ",
                     grad.sizes(), " and ", grad.scalar_type());
   const int64_t norms = 2 * (a.wp.size(0) + (a.expand() ? 2 : 1) * a.wd.size(0));
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() == norms,
-                    "mbconv_backward: statistics must be the ", norms, " float64 values that mbconv returned, got ",
-                    statistics.numel(), " of ", statistics.scalar_type());
+  const Tensor in_use = required_statistics("mbconv_backward", "statistics", statistics, norms);
   check_shortcut("mbconv_backward", a, shortcut);
+  require_real_image("mbconv_backward", "y, what mbconv returned,", y);
   const Tensor g = channels_last(grad), narrow = channels_last(y);
   Tensor dx = empty_like_x(a);
   std::vector<Tensor> dparams;
   AT_DISPATCH_FLOATING_TYPES(a.x.scalar_type(), "mbconv_backward", [&] {
     FoldedMBConv<scalar_t> block(a);
     const auto& f = block.f;
-    TORCH_CHECK_VALUE(y.sizes() == at::IntArrayRef({f.images, f.co, f.ho, f.wo}),
-                      "mbconv_backward: y must be what mbconv returned, got shape ", y.sizes());
-    TORCH_CHECK_VALUE(d.numel() == 0 || d.numel() == block.wide_size(),
-                      "mbconv_backward: d must be what mbconv returned, got shape ", d.sizes());
-    set_norms(block, norms_from(statistics, a));
-    const bool kept = d.numel() != 0, stream = !kept && block.streams();
+    const auto type = a.x.scalar_type();
+    require("mbconv_backward", "y, what mbconv returned,", y, {f.images, f.co, f.ho, f.wo}, type);
+    require("mbconv_backward", "grad", grad, {f.images, f.co, f.ho, f.wo}, type);
+    const bool kept = d.numel() != 0;
+    if (kept)
+      require("mbconv_backward", "d, what mbconv returned,", d, {blocks(f.ch), block.pixels_out(), cpu::lanes}, type);
+    const Tensor wide = d.contiguous();
+    set_norms(block, norms_from(in_use, a));
+    const bool stream = !kept && block.streams();
     const Workspace memory(kept || stream ? 0 : static_cast<size_t>(block.wide_size()) * sizeof(scalar_t));
-    const auto* p_d = kept ? d.const_data_ptr<scalar_t>() : stream ? nullptr : memory.as<scalar_t>();
+    const auto* p_d = kept ? wide.const_data_ptr<scalar_t>() : stream ? nullptr : memory.as<scalar_t>();
     if (!kept && !stream) block.depthwise(memory.as<scalar_t>(), false);
     Tensor to;
     if (input) to = dx = large_empty(a.x.sizes(), a.x.options(), at::MemoryFormat::ChannelsLast);
@@ -170,12 +173,18 @@ void update(Tensor running, const double* batch, double factor, double momentum)
 
 void update_running(const Tensor& statistics, at::TensorList running, int64_t pixels_in, int64_t pixels_out,
                     double momentum) {
+  TORCH_CHECK_VALUE(running.size() == 2 || running.size() == 4 || running.size() == 6,
+                    "update_running: running must hold a mean and a variance for each of one to three norms, got ",
+                    running.size(), " tensors");
+  TORCH_CHECK_VALUE(pixels_in > 1 && pixels_out > 1, "update_running: pixels_in and pixels_out must be above 1, got ",
+                    pixels_in, " and ", pixels_out);
   int64_t n = 0;
-  for (const Tensor& t : running) n += t.numel();
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.numel() == n,
-                    "update_running: statistics must hold one float64 value for each of the ", n,
-                    " running values, got ", statistics.numel(), " of ", statistics.scalar_type());
-  const double* batch = statistics.const_data_ptr<double>();
+  for (size_t i = 0; i < running.size(); ++i) {
+    require_running("update_running", i, running[i], running[i / 2 * 2].numel());
+    n += running[i].numel();
+  }
+  const Tensor in_use = required_statistics("update_running", "statistics", statistics, n);
+  const double* batch = in_use.const_data_ptr<double>();
   for (size_t i = 0; i < running.size(); ++i) {
     const bool before_depthwise = running.size() == 6 && i < 2;
     const auto pixels = static_cast<double>(before_depthwise ? pixels_in : pixels_out);
@@ -188,9 +197,15 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
                     at::IntArrayRef sizes, const std::optional<Tensor>& mean, const std::optional<Tensor>& cov,
                     int64_t stride, std::string_view activation, bool training, double momentum, double eps) {
   int64_t total = 0;
-  for (int64_t size : sizes) total += size;
+  for (int64_t size : sizes) {
+    TORCH_CHECK_VALUE(size == 6 || size == 9, "mbconv_probe: sizes must be 9, or 6 without an expand convolution, got ",
+                      sizes);
+    total += size;
+  }
   TORCH_CHECK_VALUE(total == static_cast<int64_t>(params.size()),
                     "mbconv_probe: sizes must add up to the number of params, ", params.size(), ", got ", sizes);
+  require_real_image("mbconv_probe", "x", x);
+  require_real_image("mbconv_probe", "grad", grad);
   const Tensor narrow = channels_last(x), g = channels_last(grad);
   const Covariance covariance(mean, cov, true);
   Tensor gates =

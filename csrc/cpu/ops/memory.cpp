@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -53,6 +54,10 @@ class Pool final : public at::Allocator {
     put(use->first, use->second);
     used_.erase(use);
   }
+
+  // Held across a fork, so that the child finds the books in order and the lock free.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
   void trim() {
 #ifdef __linux__
@@ -110,9 +115,18 @@ class Pool final : public at::Allocator {
   bool tried_ = false;
 };
 
+Pool* new_pool();
+
 Pool& pool() {
-  static auto* it = new Pool;  // never destroyed: tensors may outlive every static object
+  static auto* it = new_pool();  // never destroyed: tensors may outlive every static object
   return *it;
+}
+
+Pool* new_pool() {
+#ifdef __linux__
+  pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
+#endif
+  return new Pool;
 }
 
 void Pool::delete_memory(void* memory) { pool().give(memory); }

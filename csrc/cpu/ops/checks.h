@@ -1,0 +1,41 @@
+// Checks that several host entries share. A message begins with the op and names the argument.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+namespace pf {
+
+inline void require_real_image(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op, ": ", name,
+                    " must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op, ": ", name,
+                    " must be float32 or float64, got ", x.scalar_type());
+}
+
+// t must lie on the CPU, as every argument of a CPU op, and have this shape and dtype.
+inline void require(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
+  TORCH_CHECK_VALUE(t.defined() && t.device().is_cpu(), op, ": ", name, " must be on the CPU, as x is, got ",
+                    t.defined() ? t.device().str() : "nothing");
+  TORCH_CHECK_VALUE(t.sizes() == sizes, op, ": ", name, " must have shape ", sizes, ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.scalar_type() == type, op, ": ", name, " must be ", type, ", got ", t.scalar_type());
+}
+
+inline void require_eps(const char* op, double eps) {
+  TORCH_CHECK_VALUE(eps >= 0, op, ": eps must not be negative, got ", eps);
+}
+
+// The float64 values that a forward op returned, densely: reading them through a slice would read others.
+inline at::Tensor required_statistics(const char* op, const char* name, const at::Tensor& t, int64_t n) {
+  require(op, name, t, {n}, at::kDouble);
+  return t.contiguous();
+}
+
+// Mean and variance of one norm, read or moved: vectors of n values of any floating type, none of them twice in memory.
+inline void require_running(const char* op, size_t i, const at::Tensor& t, int64_t n) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.dim() == 1 && t.size(0) == n, op, ": running[", i, "] must have shape (",
+                    n, ",) and be on the CPU, got ", t.sizes(), " on ", t.device());
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": running[", i,
+                    "] must be float32 or float64, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(n < 2 || t.stride(0) != 0, op, ": running[", i, "] must hold values of its own, got one expanded");
+}
+
+}  // namespace pf
