@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -95,6 +96,11 @@ def _collate(items: list) -> tuple[list[Tensor] | None, dict[str, str]]:
     return default_collate(readable) if readable else None, damaged
 
 
+def _quiet(worker: int) -> None:
+    """What Pillow warns of in a worker has no reader: what matters comes back as the sentence about the file."""
+    warnings.simplefilter("ignore")
+
+
 class _Order(Sampler):
     def __init__(self, count: int, seed: int, shuffle: bool) -> None:
         self.count, self.seed, self.shuffle, self.epoch = count, seed, shuffle, 0
@@ -144,6 +150,7 @@ class FolderLoader:
             num_workers=workers,
             drop_last=drop_last,
             persistent_workers=workers > 0,
+            worker_init_fn=_quiet,
             generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
             pin_memory=torch.cuda.is_available(),
         )

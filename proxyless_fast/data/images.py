@@ -61,6 +61,8 @@ def _why(error: Exception) -> str:
     """An error as the end of a sentence, without the path that some name again."""
     if isinstance(error, UnidentifiedImageError):
         return f"its format is none of {', '.join(_formats())}"
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's message has another limit
+        return f"it has more than {MAX_PIXELS:,} pixels"
     plain = error.strerror if isinstance(error, OSError) and error.strerror else error
     return " ".join(printable(plain).split()) or type(error).__name__
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import struct
 import tracemalloc
 import warnings
@@ -318,7 +319,24 @@ def test_a_folder_of_damaged_files_only_ends_soon(many):
         list(loaders(many, 8, 4, valid_fraction=0, workers=0).train)
 
 
-def test_a_worker_that_the_system_ends_is_one_sentence(many, monkeypatch):
-    monkeypatch.setattr(images, "read", lambda path: os._exit(9))
+def end_process(image):
+    os._exit(9)
+
+
+def test_a_worker_that_the_system_ends_is_one_sentence(many):
+    loader = folder.FolderLoader([(str(many / "val" / "a" / "000.png"), 0)] * 4, end_process, 2, workers=1)
     with pytest.raises(ChildProcessError, match=r"was ended by the system .*: expected memory for workers=1$"):
-        list(loaders(many, 8, 4, valid_fraction=0, workers=1).test)
+        list(loader)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_command_line_names_a_damaged_file_in_one_line(many, workers, capfd):
+    from proxyless_fast import cli
+
+    damage(many, *(f"train/a/{i:03}" for i in range(0, 200, 2)))
+    options = ["--resolution", "16", "--batch-size", "8", "--no-latency", "--epochs", "1", "--warmup-epochs", "0"]
+    code = cli.main(["search", "--run", str(many / "run"), "--data", str(many), "--workers", workers, *options])
+    error = capfd.readouterr().err
+    assert code == 2 and error.count("\n") == 1
+    assert re.match(rf"proxyless-fast search: {many}/train/a/\d+\.png cannot be read as an image", error)
