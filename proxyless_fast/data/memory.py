@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .seeds import generator_of
 
-CHUNK = 4096  # images that are resized at a time
+CHUNK = 2**22  # pixels that are resized at a time
 
 
 class MemoryLoader:
@@ -101,6 +101,7 @@ def resize(images: Tensor, resolution: int) -> Tensor:
     if images.shape[-2:] == (resolution, resolution):
         return images
     resized = torch.empty(*images.shape[:2], resolution, resolution, dtype=torch.uint8)
-    for chunk, place in zip(images.split(CHUNK), resized.split(CHUNK), strict=True):
+    count = max(1, CHUNK // max(resolution**2, images.shape[-2] * images.shape[-1]))
+    for chunk, place in zip(images.split(count), resized.split(count), strict=True):
         place.copy_(F.interpolate(chunk.float(), (resolution, resolution), mode="bilinear", antialias=True).round())
     return resized
