@@ -1,7 +1,7 @@
 """Image data for a search: train, validation and test loaders whose order is a pure function of (seed, epoch)."""
 
 from .fashion_mnist import DataNotFound, fashion_mnist_folder
-from .folder import UnreadableImage
+from .images import UnreadableImage
 from .splits import Splits, loaders
 
 __all__ = ["DataNotFound", "Splits", "UnreadableImage", "fashion_mnist_folder", "loaders"]

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import center_crop
 
+from . import images
+from .images import UnreadableImage
 from .seeds import generator_of, seed_of
 
+log = logging.getLogger(__name__)
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LONGEST = 4  # sides of an image in evaluation: of a longer one, all that the centre crop can see
+SKIPPED = 0.01, 1000  # of a loader's images, at most so many damaged ones are skipped
+STAND_INS = 10  # neighbours to try for a damaged image
 
 
-class UnreadableImage(ValueError):
-    """An image file that cannot be decoded; the message names it."""
+def short_side(resolution: int) -> int:
+    """What the short side is resized to before the centre crop: 256 for 224."""
+    return round(resolution * 256 / 224)
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The image, or the middle of one longer than LONGEST times its short side: resized whole, it has no bound."""
+    longest = LONGEST * min(image.size)
+    # an even number of pixels goes, or the middle would move
+    height, width = (min(side, longest + (side - longest) % 2) for side in (image.height, image.width))
+    return center_crop(image, [height, width])
 
 
 def train_transform(resolution: int) -> Callable:
@@ -33,51 +51,54 @@ def train_transform(resolution: int) -> Callable:
 def eval_transform(resolution: int) -> Callable:
     """The short side to 256/224 of `resolution`, centre crop, normalised."""
     return transforms.Compose([
-        transforms.Resize(round(resolution * 256 / 224)),
+        middle,
+        transforms.Resize(short_side(resolution)),
         transforms.CenterCrop(resolution),
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])  # fmt: skip
 
 
-def scan(folder: Path) -> ImageFolder:
-    """The classes and image paths under `folder`; FileNotFoundError or ValueError when there are none."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at {folder}")
-    if not any(path.is_dir() for path in folder.iterdir()):
-        raise ValueError(f"{folder} has no class folders: an image folder holds one subfolder a class")
-    try:
-        return ImageFolder(str(folder))
-    except FileNotFoundError as error:  # torchvision's word for a class without images
-        raise ValueError(f"{folder} has a class without images: {error}") from error
-
-
 class _Images(Dataset):
-    """Items are asked for as (index, seed): the seed alone decides the item's augmentation, whichever worker runs."""
+    """Items are asked for as (index, seed): the seed alone decides the item's augmentation, whichever worker runs.
 
-    def __init__(self, samples: list[tuple[str, int]], transform: Callable) -> None:
-        self.samples, self.transform = samples, transform
+    An item is (image and label, or None) and the damaged files met on the way, {path: sentence}: raised in a worker, an
+    error would arrive with a traceback for its message. With stand-ins the next readable image takes a damaged one's
+    place, so that batches keep their size.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], transform: Callable, stand_ins: int) -> None:
+        self.samples, self.transform, self.stand_ins = samples, transform, stand_ins
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | UnreadableImage:
-        from PIL import Image
+    def __getitem__(self, item: tuple[int, int]) -> tuple[tuple[Tensor, int] | None, dict[str, str]]:
+        index, seed = item
+        damaged: dict[str, str] = {}
+        for tried in range(min(1 + self.stand_ins, len(self))):
+            path, label = self.samples[(index + tried) % len(self)]
+            try:
+                image = images.read(path)
+            except UnreadableImage as error:
+                damaged[path] = str(error)
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return (self.transform(image), label), damaged
+        return None, damaged
 
-        path, label = self.samples[item[0]]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-            return UnreadableImage(f"{path} cannot be read as an image: {error}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(item[1])
-            return self.transform(image), label
+
+def _collate(items: list) -> tuple[list[Tensor] | None, dict[str, str]]:
+    """A batch of the readable items, None without any, and the damaged files of all."""
+    readable = [item for item, _ in items if item is not None]
+    damaged = {path: why for _, some in items for path, why in some.items()}
+    return default_collate(readable) if readable else None, damaged
 
 
-def _collate(items: list) -> list[Tensor] | UnreadableImage:
-    """A batch, or the first error in it: raised in a worker, it would arrive with a traceback for its message."""
-    return next((item for item in items if isinstance(item, UnreadableImage)), None) or default_collate(items)
+def _quiet(worker: int) -> None:
+    """What Pillow warns of in a worker has no reader: what matters comes back as the sentence about the file."""
+    warnings.simplefilter("ignore")
 
 
 class _Order(Sampler):
@@ -96,9 +117,13 @@ class _Order(Sampler):
 class FolderLoader:
     """Batches of (images, labels): float32 (B, 3, R, R), channels_last, and int64 (B,).
 
-    The order and every augmentation are pure functions of (seed, epoch), whatever the number of workers. Raises
-    UnreadableImage, naming the file, when an image cannot be decoded.
+    The order and every augmentation are pure functions of (seed, epoch), whatever the number of workers. A damaged file
+    is named by a warning and skipped: with `shuffle` a neighbour stands in for it, without its batch is shorter. Raises
+    UnreadableImage, which names the file, where more than 1 % of the images (or 1000) are damaged, and
+    ChildProcessError where the system ended a worker.
     """
+
+    in_channels = 3
 
     def __init__(
         self,
@@ -106,20 +131,26 @@ class FolderLoader:
         transform: Callable,
         batch_size: int,
         *,
+        resolution: int | None = None,
+        num_classes: int | None = None,
         seed: int = 0,
         shuffle: bool = False,
         drop_last: bool = False,
         workers: int = 0,
     ) -> None:
+        self.resolution, self.num_classes = resolution, num_classes
+        self.limit = min(int(SKIPPED[0] * len(samples)), SKIPPED[1])
+        self._damaged: dict[str, str] = {}
         self._order = _Order(len(samples), seed, shuffle)
         self._loader = DataLoader(
-            _Images(samples, transform),
+            _Images(samples, transform, STAND_INS if shuffle and self.limit else 0),
             batch_size,
             sampler=self._order,
             collate_fn=_collate,
             num_workers=workers,
             drop_last=drop_last,
             persistent_workers=workers > 0,
+            worker_init_fn=_quiet,
             generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
             pin_memory=torch.cuda.is_available(),
         )
@@ -138,11 +169,36 @@ class FolderLoader:
         self._order.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._loader:
-            if isinstance(batch, UnreadableImage):
-                try:
-                    raise batch
-                finally:
-                    del batch  # else it and this frame hold each other, and the workers end only by a timeout
-            images, labels = batch
-            yield images.contiguous(memory_format=torch.channels_last), labels
+        for batch, damaged in self._batches():
+            self._skip(damaged)
+            if batch is not None:
+                images, labels = batch
+                yield images.contiguous(memory_format=torch.channels_last), labels
+
+    def _batches(self) -> Iterator[tuple[list[Tensor] | None, dict[str, str]]]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                workers = self._loader.num_workers
+                raise ChildProcessError(
+                    f"a process that reads images was ended by the system ({str(error).strip().rstrip('.')}): expected "
+                    f"memory for workers={workers}"
+                ) from None
+            yield batch
+
+    def _skip(self, damaged: dict[str, str]) -> None:
+        """Names the files that are damaged and new; raises UnreadableImage beyond the limit."""
+        for path, why in damaged.items():
+            if path in self._damaged:
+                continue
+            self._damaged[path] = why
+            if len(self._damaged) > self.limit:
+                count = f"; more than {self.limit} of {self.size} images are damaged" if self.limit else ""
+                raise UnreadableImage(why + count)
+            log.warning("%s; it is skipped", why)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .seeds import generator_of
 
+CHUNK = 2**22  # pixels that are resized at a time
+
 
 class MemoryLoader:
     """Batches of (images, labels) from uint8 images in memory: float32 (B, C, H, W), channels_last, and int64 (B,).
@@ -27,6 +29,7 @@ class MemoryLoader:
         *,
         mean: Tensor,
         std: Tensor,
+        num_classes: int | None = None,
         seed: int = 0,
         shuffle: bool = False,
         shift: int = 0,
@@ -34,6 +37,7 @@ class MemoryLoader:
     ) -> None:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.shuffle, self.shift, self.drop_last = seed, shuffle, shift, drop_last
+        self.num_classes, self.in_channels, self.resolution = num_classes, images.shape[1], images.shape[-1]
         self.epoch = 0
         # (x / 255 - mean) / std as one multiply and one add
         self._scale = (1 / (255 * std)).view(1, -1, 1, 1)
@@ -96,8 +100,8 @@ def resize(images: Tensor, resolution: int) -> Tensor:
     """uint8 images (N, C, H, W) resized to resolution × resolution, bilinear with antialiasing, in chunks."""
     if images.shape[-2:] == (resolution, resolution):
         return images
-    chunks = (
-        F.interpolate(chunk.float(), (resolution, resolution), mode="bilinear", antialias=True).round().to(torch.uint8)
-        for chunk in images.split(4096)
-    )
-    return torch.cat(list(chunks))
+    resized = torch.empty(*images.shape[:2], resolution, resolution, dtype=torch.uint8)
+    count = max(1, CHUNK // max(resolution**2, images.shape[-2] * images.shape[-1]))
+    for chunk, place in zip(images.split(count), resized.split(count), strict=True):
+        place.copy_(F.interpolate(chunk.float(), (resolution, resolution), mode="bilinear", antialias=True).round())
+    return resized

@@ -3,7 +3,10 @@
 import gzip
 import hashlib
 import io
+import json
+import re
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -173,6 +176,95 @@ def test_damaged_idx_files_are_named(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-9])
     with pytest.raises(ValueError, match=r"ubyte\.gz cannot be read"):
         loaders(tmp_path, 4)
+
+
+def header(*sizes, kind=b"\0\0\x08"):
+    return kind + bytes([len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (header(2**31, 2**16, 2**16), "announces shape (2147483648, 65536, 65536) but holds 0 bytes"),
+        (header(60, 10, 10) + bytes(6001), "announces shape (60, 10, 10) but holds 6001 bytes"),
+        (header(0, 10, 10), "announces shape (0, 10, 10), expected sizes of at least 1"),
+        (header(60, 0, 0), "announces shape (60, 0, 0), expected sizes of at least 1"),
+        (header(6000) + bytes(6000), "has 1 dimensions, expected 3"),
+        (header(*[1] * 255), "has 255 dimensions, expected 3"),
+        (header(60, 10, 10)[:-2], "ends within its header"),
+        (header(60, 10, 10, kind=b"\0\0\x0d"), "is not an IDX file of bytes: it starts with 00000d03"),
+    ],
+)
+def test_idx_headers_that_promise_what_is_not_there_are_refused_unread(tmp_path, content, complaint):
+    write_idx(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"train-images-idx3-ubyte {complaint}")):
+        loaders(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (header(300_000, 28, 28) + bytes(300_000 * 784), "235,200,000 bytes, in .* gzipped: expected at most 10 times"),
+        (header(2**31, 28, 28) + bytes(100), "1,683,627,180,032 bytes, in .* gzipped: expected at most"),
+        (header(60, 10, 10) + bytes(100_000_000), r"announces shape \(60, 10, 10\) but holds more than 6000 bytes"),
+        (header(60, 10, 10) + bytes(5999), r"announces shape \(60, 10, 10\) but holds 5999 bytes"),
+        (header(5000, 28, 28) + bytes(100), r"announces shape \(5000, 28, 28\) but holds 100 bytes"),
+    ],
+)
+def test_gzipped_bombs_are_refused_before_they_unpack(tmp_path, content, complaint):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(content, 1))
+    del content
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte\.gz .*{complaint}"):
+        idx.read(path, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
+def test_a_large_gzipped_file_is_read_within_twice_its_content(tmp_path):
+    images = np.random.default_rng(0).integers(0, 16, (4000, 28, 28), dtype=np.uint8)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx_bytes(images), 1))
+    tracemalloc.start()
+    found = idx.read(path, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2 * images.nbytes + 2**21
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found.numpy(), images)
+
+
+def test_long_idx_images_need_a_resolution(tmp_path):
+    write_idx(tmp_path)
+    for part, count in (("train", 60), ("t10k", 20)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((count, 2, 9))))
+    with pytest.raises(ValueError, match=r"resolution must be given for images .*, of 9x2 pixels"):
+        loaders(tmp_path, 4)
+    assert loaders(tmp_path, 4, resolution=9).resolution == 9
+
+
+def test_labels_that_no_training_image_has_are_refused(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(20) % 5))
+    with pytest.raises(ValueError, match="no training image has the test images' label 3, 4"):
+        loaders(tmp_path, 4)
+
+
+def test_idx_splits_say_what_a_net_must_know(tmp_path):
+    splits = loaders(write_idx(tmp_path), 4, resolution=12)
+    images, _ = idx.read_pair(tmp_path, "train")
+    told = splits.preprocessing
+    assert json.loads(json.dumps(told)) == told and splits.classes == ("0", "1", "2")
+    assert (told["channels"], told["resolution"], told["short_side"]) == (1, 12, None)
+    assert told["mean"] == pytest.approx([images.double().mean().item() / 255])
+    assert told["std"] == pytest.approx([images.double().std(correction=0).item() / 255])
+    for loader in (splits.train, splits.valid, splits.test):
+        assert (loader.num_classes, loader.in_channels, loader.resolution) == (3, 1, 12)
+
+
+def test_fashion_mnist_has_names_for_its_classes(nowhere):
+    write_idx(nowhere / "data" / "fashion-mnist", classes=10)
+    assert loaders("fashion-mnist", 8).classes[5:7] == ("Sandal", "Shirt")
 
 
 # splits
@@ -385,6 +477,12 @@ def test_folders_that_are_no_datasets_are_named(image_folder, tmp_path):
         ({"batch_size": 4, "resolution": 0}, "resolution must be at least 1, got 0"),
         ({"batch_size": 4, "seed": -1}, "seed must not be negative, got -1"),
         ({"batch_size": 4, "workers": -1}, "workers must not be negative, got -1"),
+        ({"batch_size": 4.0}, r"batch_size must be an integer, got 4\.0"),
+        ({"batch_size": "4"}, "batch_size must be an integer, got '4'"),
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"batch_size": 4, "resolution": 10.5}, r"resolution must be an integer, got 10\.5"),
+        ({"batch_size": 4, "valid_fraction": float("nan")}, r"valid_fraction must lie in \[0, 1\), got nan"),
+        ({"batch_size": 4, "valid_fraction": "0.1"}, r"valid_fraction must lie in \[0, 1\), got '0\.1'"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, arguments, complaint):
