@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, Zero
+from ..checks import check_positive
 from ..io import documents
+from ..io.schemas import OfficialConfig, check
+from ..io.schemas.official_config import Block, Conv, IdentityLayer, ZeroLayer
 from ..io.state import load_state
 from ..spaces.chain_net import ChainNet
 from ..spaces.common import initialise
 from . import batchnorm
 
+_ACTS: dict[str | None, str] = {"h_swish": "hardswish"}  # other programs' names to ours
+_WRITTEN = {"relu6": "relu6", "relu": "relu", "identity": None, None: None}  # the activations that the format has
 _PLAIN = {"dropout_rate": 0, "ops_order": "weight_bn_act"}
 
 
 def official(net: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The official net.config (a dict, ready for JSON) of a derived chain net, and its state dict, on the CPU.
 
-    Raises ValueError for another net, a net that still holds mixed ops, or an operation the format does not have.
+    Raises ValueError for another net, a net that still holds mixed ops, or a module that the format does not have.
     """
     if not isinstance(net, ChainNet):
         raise ValueError(f"net must be a derived ChainNet to have an official config, got {type(net).__name__}")
@@ -31,7 +38,7 @@ def official(net: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         blocks.append(
             {
                 "name": "MobileInvertedResidualBlock",
-                "mobile_inverted_conv": _op_config(op, f"blocks.{i}"),
+                "mobile_inverted_conv": _op_config(op, block.shortcut, f"blocks.{i}"),
                 "shortcut": _identity_config(width) if block.shortcut else None,
             }
         )
@@ -39,45 +46,66 @@ def official(net: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "name": "ProxylessNASNets",
         "bn": batchnorm.common(net),
-        "first_conv": _conv_config(net.first_conv),
-        "feature_mix_layer": _conv_config(net.feature_mix_layer),
+        "first_conv": _conv_config(net.first_conv, "first_conv"),
+        "feature_mix_layer": _conv_config(net.feature_mix_layer, "feature_mix_layer"),
         "classifier": _linear_config(net.classifier),
         "blocks": blocks,
     }
+    _check_same(net, config)
     return config, {name: value.detach().cpu() for name, value in net.state_dict().items()}
 
 
 def from_official(
-    config: Mapping[str, Any] | str | Path, state: Mapping[str, Tensor] | None = None, resolution: int = 224
+    config: Mapping[str, Any] | str | Path, state: Mapping[str, Any] | None = None, resolution: int | None = None
 ) -> ChainNet:
     """The net of an official net.config, a dict or the path of a JSON file.
 
-    state: an official state dict for its weights; fresh ones when None. resolution: side of the images the net is meant
-    for, which the format does not record. Raises FileNotFoundError, or ValueError naming what the config lacks or has
-    that a ChainNet cannot be.
+    state: an official state dict for its weights, as `io.state.load_state` takes it; fresh ones when None. resolution:
+    side of the images the net is meant for; by default what the config says, as MCUNet's do, else 224. Every field of
+    the config is honoured, or refused where a ChainNet cannot be it. Raises FileNotFoundError, or ValueError naming the
+    file, the field, what is expected and what came.
     """
-    config = documents.read(config, "official net config")
-    try:
-        net = ChainNet(
-            _conv(config["first_conv"], "first_conv"),
-            [_block(block, f"blocks.{i}") for i, block in enumerate(config["blocks"])],
-            _conv(config["feature_mix_layer"], "feature_mix_layer"),
-            _linear(config["classifier"]),
-            resolution,
-        )
-        initialise(net)
-        if config.get("bn"):
-            batchnorm.apply(net, [config["bn"]])
-    except KeyError as error:
-        raise ValueError(f"the official config lacks {error}") from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"the official config is damaged: {error}") from error
+    source = "the official config" if isinstance(config, Mapping) else str(config)
+    read = check(OfficialConfig, documents.read(config, "official net config"), source)
+    if resolution is not None and read.resolution not in (None, resolution):
+        raise ValueError(f"{source}: resolution must be the {resolution!r} that was asked for, got {read.resolution}")
+    net = _build(read, (read.resolution or 224) if resolution is None else resolution)
+    initialise(net)
     if state is not None:
         load_state(net, state, "the official state dict")
     return net
 
 
-def _conv_config(layer: ConvLayer) -> dict[str, Any]:
+def _build(config: OfficialConfig, resolution: int) -> ChainNet:
+    check_positive(resolution=resolution)
+    net = ChainNet(
+        _conv(config.first_conv),
+        [_block(block) for block in config.blocks],
+        _conv(config.feature_mix_layer),
+        LinearLayer(config.classifier.in_features, config.classifier.out_features, config.classifier.dropout_rate),
+        resolution,
+    )
+    if config.bn is not None:
+        batchnorm.apply(net, [{"momentum": config.bn.momentum, "eps": config.bn.eps}])
+    return net
+
+
+def _check_same(net: ChainNet, config: dict[str, Any]) -> None:
+    """ValueError where the net has modules that its config does not tell: another activation, a replaced layer."""
+    with torch.device("meta"):
+        told = _build(check(OfficialConfig, config, "net has no official config"), net.resolution)
+    # In place or not, an activation computes the same.
+    ours, theirs = (repr(n).replace("inplace=True", "").splitlines()[1:] for n in (net, told))
+    for line, expected in zip_longest(ours, theirs, fillvalue=""):
+        if line != expected:
+            raise ValueError(f"net has no official config: expected {expected.strip()!r}, got {line.strip()!r}")
+
+
+def _conv_config(layer: nn.Module, place: str) -> dict[str, Any]:
+    if not isinstance(layer, ConvLayer) or layer.act_name not in _WRITTEN:
+        raise ValueError(
+            f"{place} has no form in the official config: expected a ConvLayer with ReLU6, ReLU or nothing, got {layer}"
+        )
     return {
         "name": "ConvLayer",
         "kernel_size": layer.kernel_size,
@@ -89,16 +117,18 @@ def _conv_config(layer: ConvLayer) -> dict[str, Any]:
         "in_channels": layer.in_channels,
         "out_channels": layer.out_channels,
         "use_bn": True,
-        "act_func": layer.act_name,
+        "act_func": _WRITTEN[layer.act_name],
         **_PLAIN,
     }
 
 
-def _linear_config(layer: LinearLayer) -> dict[str, Any]:
+def _linear_config(layer: nn.Module) -> dict[str, Any]:
+    if not isinstance(layer, LinearLayer) or not isinstance(layer.linear, nn.Linear):
+        raise ValueError(f"classifier has no form in the official config: expected a LinearLayer, got {layer}")
     return {
         "name": "LinearLayer",
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
+        "in_features": layer.linear.in_features,
+        "out_features": layer.linear.out_features,
         "bias": True,
         "use_bn": False,
         "act_func": None,
@@ -118,8 +148,13 @@ def _identity_config(channels: int) -> dict[str, Any]:
     }
 
 
-def _op_config(op: nn.Module, place: str) -> dict[str, Any]:
+def _op_config(op: nn.Module, shortcut: bool, place: str) -> dict[str, Any]:
     if isinstance(op, Zero):
+        if not shortcut or op.stride != 1 or op.out_channels is not None:
+            raise ValueError(
+                f"{place} has no form in the official config, where a block around a ZeroLayer is the identity: "
+                "expected a Zero of stride 1 with a shortcut around it"
+            )
         return {"name": "ZeroLayer", "stride": op.stride}
     if not isinstance(op, MBConv) or op.act != "relu6":
         raise ValueError(f"{place} has no form in the official config: expected an MBConv with ReLU6 or Zero, got {op}")
@@ -133,32 +168,16 @@ def _op_config(op: nn.Module, place: str) -> dict[str, Any]:
     }
 
 
-def _expect(config: Mapping[str, Any], place: str, **expected: Any) -> None:
-    """ValueError where the config has another value than the only one our blocks can be."""
-    for name, value in expected.items():
-        if name in config and config[name] != value:
-            raise ValueError(f"{place}: {name} must be {value!r}, got {config[name]!r}")
+def _conv(config: Conv) -> ConvLayer:
+    act = _ACTS.get(config.act_func, config.act_func)
+    return ConvLayer(config.in_channels, config.out_channels, config.kernel_size, config.stride, act)
 
 
-def _conv(config: Mapping[str, Any], place: str) -> ConvLayer:
-    plain = dict(dilation=1, groups=1, bias=False, has_shuffle=False, use_bn=True)
-    _expect(config, place, name="ConvLayer", **plain, **_PLAIN)
-    sizes = {name: config[name] for name in ("in_channels", "out_channels", "kernel_size", "stride")}
-    return ConvLayer(**sizes, act=config.get("act_func"))
-
-
-def _linear(config: Mapping[str, Any]) -> LinearLayer:
-    _expect(config, "classifier", name="LinearLayer", bias=True, use_bn=False, act_func=None)
-    return LinearLayer(config["in_features"], config["out_features"], config.get("dropout_rate", 0))
-
-
-def _block(config: Mapping[str, Any], place: str) -> ResidualBlock:
-    _expect(config, place, name="MobileInvertedResidualBlock")
-    op, shortcut = config["mobile_inverted_conv"], config["shortcut"]
-    if shortcut is not None:
-        _expect(shortcut, f"{place}.shortcut", name="IdentityLayer", use_bn=False, act_func=None, **_PLAIN)
-    if op["name"] == "ZeroLayer":
-        return ResidualBlock(Zero(op["stride"]), shortcut is not None)
-    _expect(op, place, name="MBInvertedConvLayer")
-    sizes = {name: op[name] for name in ("in_channels", "out_channels", "kernel_size", "stride", "expand_ratio")}
-    return ResidualBlock(MBConv(**sizes), shortcut is not None)
+def _block(config: Block) -> ResidualBlock:
+    op = config.mobile_inverted_conv
+    if isinstance(op, ZeroLayer):
+        # The official block around a ZeroLayer is the identity, whatever its shortcut says.
+        return ResidualBlock(Zero(), shortcut=True)
+    act = _ACTS.get(op.act_func, op.act_func)
+    made = MBConv(op.in_channels, op.out_channels, op.kernel_size, op.stride, op.expand_ratio, act)
+    return ResidualBlock(made, isinstance(config.shortcut, IdentityLayer))

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeGuard
 
 from ..checks import is_integer
 from ..costs import OpShape
-from ..io.files import atomic
+from ..io.schemas import LatencyTableFile, check
+from ..io.schemas.latency_table import MOST_MS, Header
+from ..io.text import short
+from ..io.yaml_documents import read_yaml, write_yaml
 
 HEADER = "header"
 ATTRIBUTES = ("expand", "kernel", "stride", "idskip")  # in the order in which the official keys name them
-
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+MOST_NAMED = 3  # keys that the message of MissingKey names
 
 
 class MissingKey(KeyError):
-    """A latency table lacks a key; `keys` has all that were missing, and the message names them and the table."""
+    """A latency table lacks a key; `keys` has all that were missing, the message names the table and the first keys."""
 
     def __init__(self, keys: Sequence[str], table: str) -> None:
         super().__init__(*keys)
         self.keys, self.table = tuple(keys), table
 
     def __str__(self) -> str:
-        return f"{self.table} has no latency for {', '.join(self.keys)}"
+        named, more = self.keys[:MOST_NAMED], len(self.keys) - MOST_NAMED
+        return f"{self.table} has no latency for {', '.join(named)}{f' and {more} more' if more > 0 else ''}"
 
     def __reduce__(self) -> tuple:
         return MissingKey, (self.keys, self.table)
@@ -64,8 +63,9 @@ class LatencyTable:
 
     @property
     def overhead(self) -> float:
-        """Milliseconds that a net takes once, besides its layers."""
-        return float(self.header.get("overhead", 0.0))
+        """Milliseconds that a net takes once, besides its layers; ValueError where the header has no such number."""
+        given: dict[str, Any] = {name: self.header[name] for name in ("overhead", "path_error") if name in self.header}
+        return float(check(Header, given, f"the header of {self._name}").overhead)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -89,12 +89,14 @@ class LatencyTable:
         return "the latency table" if self.path is None else f"the latency table {self.path}"
 
     def add(self, key: str, mean: float, count: int = 1, var: float = 0.0, median: float | None = None) -> None:
-        """Set the measurements of `key`, in ms; ValueError for a latency that is not a non-negative number."""
+        """Set the measurements of `key`, in ms; ValueError for what is no number from 0 to a billion."""
         for name, value in (("mean", mean), ("var", var), ("median", median)):
-            if value is not None and not (_is_number(value) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} of {key} must be a non-negative number, got {value!r}")
+            most = MOST_MS**2 if name == "var" else MOST_MS
+            unknown = value is None and name == "median"
+            if not unknown and not (_is_number(value) and 0 <= value <= most):
+                raise ValueError(f"{name} of {key} must be a number from 0 to {most:g}, got {short(value)}")
         if not is_integer(count, 1):
-            raise ValueError(f"count of {key} must be a positive integer, got {count!r}")
+            raise ValueError(f"count of {key} must be a positive integer, got {short(count)}")
         self._entries[key] = Entry(count, float(mean), float(var), None if median is None else float(median))
 
     def lookup(self, shape: OpShape | str) -> float:
@@ -128,46 +130,37 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """Read a table, the official one or ours; FileNotFoundError or ValueError when there is none at `path`."""
-        path = Path(path)
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no latency table at {path}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = str(error).replace("\n", " ")
-            raise ValueError(f"{path} cannot be read as a latency table: {reason}") from error
-        if not isinstance(content, dict) or not content:
+        """Read a table, the official one or ours.
+
+        Raises FileNotFoundError, or ValueError with the file, the key and the reason where it is none.
+        """
+        content = read_yaml(path, "latency table")
+        if not isinstance(content, dict):
             raise ValueError(f"{path} is not a latency table: expected keys with count, mean and var")
-        header = content.pop(HEADER, {})
-        if not isinstance(header, dict) or not _is_number(header.get("overhead", 0.0)):
-            raise ValueError(f"{path} is not a latency table: its header is not one")
-        table = cls(header, path)
-        for key, entry in content.items():
-            if not isinstance(entry, dict) or "mean" not in entry:
-                raise ValueError(f"{path} is not a latency table: {key} has no mean")
-            try:
-                table.add(str(key), entry["mean"], entry.get("count", 1), entry.get("var", 0.0), entry.get("median"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not a latency table: {error}") from None
+        header = {HEADER: content.pop(HEADER)} if HEADER in content else {}
+        read = check(LatencyTableFile, {**header, "entries": content}, f"{path} is not a latency table")
+        table = cls(header.get(HEADER), path)
+        for key, entry in read.entries.items():
+            table.add(key, entry.mean, entry.count, entry.var, entry.median)
         return table
 
     def save(self, path: str | Path) -> None:
-        """Write the table as YAML; it appears under its name only when it is complete."""
-        path = Path(path)
+        """Write the table as YAML; it appears under its name only when it is complete.
+
+        Raises ValueError for a header that `load` would refuse, yaml.YAMLError for one that YAML cannot say.
+        """
+        check(Header, self.header, f"the header of {self._name}")
         content: dict[str, Any] = {HEADER: self.header} if self.header else {}
         for key in sorted(self._entries):
             entry = self._entries[key]
             content[key] = {"count": entry.count, "mean": entry.mean, "var": entry.var}
             if entry.median is not None:
                 content[key]["median"] = entry.median
-        text = yaml.dump(content, Dumper=_Dumper, sort_keys=False)
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_yaml(content, path)
         self.path = str(path)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

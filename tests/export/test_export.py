@@ -58,93 +58,10 @@ def run(model, x):
     return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
-# the official format
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_published_nets_load_and_come_back_unchanged(shared, name):
-    path = shared / "official" / f"proxyless_{name}.config"
-    counts = json.loads((shared / "official" / "nets.json").read_text())[name]
-    net = export.from_official(path)
-    assert count_parameters(net) == counts["parameters"] == sum(p.numel() for p in net.parameters())
-    assert count_macs(net) == counts["macs"]
-    published = json.loads(path.read_text())
-    config, state = export.official(net)
-    assert config == published
-    assert {"first_conv.conv.weight", "blocks.1.mobile_inverted_conv.inverted_bottleneck.bn.running_var"} <= set(state)
-    assert {"feature_mix_layer.bn.weight", "classifier.linear.bias"} <= set(state)
-
-
-def test_an_official_checkpoint_gives_the_same_net(small):
-    config, state = export.official(small)
-    config = json.loads(json.dumps(config))  # as from a file
-    again = export.from_official(config, state, resolution=small.resolution).eval()
-    x = image(small)
-    assert torch.equal(again(x), small(x))
-    assert any(b["mobile_inverted_conv"]["name"] == "ZeroLayer" for b in config["blocks"])
-    assert count_parameters(again) == count_parameters(small) and count_macs(again) == count_macs(small)
-
-
-def test_old_checkpoints_without_batch_counters_load(small):
-    config, state = export.official(small)
-    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    again = export.from_official(config, state).eval()
-    x = image(small)
-    assert torch.equal(again(x), small(x))
-
-
-def test_batch_norm_settings_follow_the_config(small):
-    config, _ = export.official(small)
-    config["bn"] = {"momentum": 0.01, "eps": 1e-5}
-    net = export.from_official(config)
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {(m.momentum, m.eps) for m in norms} == {(0.01, 1e-5)}
-    assert export.official(net)[0]["bn"] == config["bn"]
-
-
 def edited(config, change):
     config = copy.deepcopy(config)
     change(config)
     return config
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda c: c.pop("blocks"), "the official config lacks 'blocks'"),
-        (lambda c: c["first_conv"].update(groups=2), "first_conv: groups must be 1, got 2"),
-        (lambda c: c["first_conv"].update(act_func="swish"), "activation must be one of .* got 'swish'"),
-        (lambda c: c["classifier"].update(bias=False), "classifier: bias must be True, got False"),
-        (
-            lambda c: c["blocks"][0]["mobile_inverted_conv"].update(name="DepthConvLayer"),
-            r"blocks\.0: name must be 'MBInvertedConvLayer', got 'DepthConvLayer'",
-        ),
-        (lambda c: c["blocks"][0]["mobile_inverted_conv"].pop("stride"), "lacks 'stride'"),
-        (lambda c: c.update(blocks=3), "the official config is damaged"),
-        (lambda c: c["blocks"][0].update(shortcut={"name": "ConvLayer"}), r"blocks\.0\.shortcut: name must be"),
-    ],
-)
-def test_a_config_that_cannot_be_built_is_named(small, change, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        export.from_official(edited(export.official(small)[0], change))
-
-
-def test_what_has_no_official_form_is_named(small, cell, tmp_path):
-    with pytest.raises(ValueError, match="got CellNet"):
-        export.official(cell)
-    with pytest.raises(ValueError, match=r"blocks\.1 has no form in the official config"):
-        export.official(spaces.small())
-    small.blocks[1] = ResidualBlock(MBConv(16, 24, 3, 2, 3, act="silu"), False)
-    with pytest.raises(ValueError, match=r"blocks\.1 has no form in the official config"):
-        export.official(small)
-    with pytest.raises(FileNotFoundError, match="no official net config at"):
-        export.from_official(tmp_path / "none.config")
-    (tmp_path / "bad.config").write_text("[1, 2")
-    with pytest.raises(ValueError, match=r"bad\.config cannot be read as official net config"):
-        export.from_official(tmp_path / "bad.config")
-    (tmp_path / "bad.config").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
-        export.from_official(str(tmp_path / "bad.config"))
 
 
 # architecture and weights

@@ -1,0 +1,139 @@
+"""Our architecture files: enough to build a derived net again, within sizes that can be built at once."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from .common import MAX_PARAMETERS, Kernel, Rate, Real, Size, Strict, Stride, Whole
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_]+$")]
+Act = Annotated[str, StringConstraints(max_length=32)]  # the blocks know which there are
+
+
+class BatchNorm(Strict):
+    """Settings of one batch norm, or of all."""
+
+    momentum: Annotated[Real, Field(ge=0, le=1)] | None
+    eps: Annotated[Real, Field(ge=0, le=1)]
+
+
+class Conv(Strict):
+    """The arguments of a ConvLayer."""
+
+    in_channels: Size
+    out_channels: Size
+    kernel_size: Kernel
+    stride: Stride
+    act: Act | None
+
+
+class Linear(Strict):
+    """The arguments of a LinearLayer."""
+
+    in_features: Size
+    out_features: Size
+    dropout: Rate
+
+
+class Block(Strict):
+    """A candidate by its name, and whether a shortcut goes around it."""
+
+    name: Name
+    in_channels: Size
+    out_channels: Size
+    stride: Stride
+    shortcut: bool
+    act: Act | None = None
+
+
+class Chain(Strict):
+    """A derived ChainNet."""
+
+    kind: Literal["chain"]
+    resolution: Size
+    first_conv: Conv
+    blocks: Annotated[list[Block], Field(max_length=1000)]
+    feature_mix_layer: Conv
+    classifier: Linear
+
+    @model_validator(mode="after")
+    def _widths_chain(self) -> Chain:
+        width, parameters = self.first_conv.out_channels, _conv_parameters(self.first_conv)
+        for i, block in enumerate(self.blocks):
+            _equal(f"net.blocks.{i}.in_channels", block.in_channels, width)
+            parameters += _most_parameters(block.name, width, block.out_channels, f"net.blocks.{i}.name")
+            if block.shortcut and (block.stride != 1 or block.out_channels != width):
+                raise ValueError(
+                    f"net.blocks.{i}.shortcut must be false where the block changes the shape (stride {block.stride}, "
+                    f"{width} to {block.out_channels} channels), got true"
+                )
+            width = block.out_channels
+        _equal("net.feature_mix_layer.in_channels", self.feature_mix_layer.in_channels, width)
+        _equal("net.classifier.in_features", self.classifier.in_features, self.feature_mix_layer.out_channels)
+        parameters += _conv_parameters(self.feature_mix_layer)
+        _limit(parameters + self.classifier.in_features * self.classifier.out_features)
+        return self
+
+
+class Cell(Strict):
+    """A derived CellNet."""
+
+    kind: Literal["cell"]
+    num_classes: Size
+    in_channels: Size
+    resolution: Size
+    channels: Annotated[Whole, Field(ge=1, le=1 << 12)]
+    cells_per_stage: Annotated[Whole, Field(ge=1, le=100)]
+    cells: Annotated[list[Annotated[list[Name], Field(min_length=6, max_length=6)]], Field(max_length=300)]
+
+    @model_validator(mode="after")
+    def _cells_are_as_many_as_said(self) -> Cell:
+        if len(self.cells) != 3 * self.cells_per_stage:
+            raise ValueError(f"net.cells must hold {3 * self.cells_per_stage} cells, got {len(self.cells)}")
+        parameters = 9 * self.channels * self.in_channels
+        parameters += 4 * self.channels * self.num_classes + 200 * self.channels**2
+        for i, cell in enumerate(self.cells):
+            width = self.channels << (i // self.cells_per_stage)
+            parameters += sum(_most_parameters(name, width, width, f"net.cells.{i}") for name in cell)
+        _limit(parameters)
+        return self
+
+
+class Architecture(Strict):
+    """A whole file."""
+
+    format: Literal["proxyless_fast.architecture"]
+    net: Annotated[Chain | Cell, Field(discriminator="kind")]
+    bn: Annotated[list[BatchNorm], Field(min_length=1, max_length=10_000)]
+    parameters: Annotated[Whole, Field(ge=0)] = 0
+    macs: Annotated[Whole, Field(ge=0)] = 0
+
+
+def _conv_parameters(layer: Conv) -> int:
+    return layer.in_channels * layer.out_channels * layer.kernel_size**2
+
+
+def _most_parameters(name: str, width: int, out: int, place: str) -> int:
+    """At most as many parameters as the candidate of this name has; numbers in it are kernel size and expansion."""
+    numbers = [int(digits[:9]) for digits in re.findall(r"[0-9]+", name)]
+    if any(number > 64 for number in numbers):
+        raise ValueError(f"{place} must have no number above 64, got {name!r}")
+    if "mbconv" in name.lower():
+        wide = width * (numbers[-1] if numbers else 1)
+        return wide * (width + (numbers[0] if numbers else 1) ** 2 + out)
+    if "conv" not in name.lower():
+        return 0
+    return width * out * (numbers[0] if numbers else 1) ** 2
+
+
+def _limit(parameters: int) -> None:
+    if parameters > MAX_PARAMETERS:
+        raise ValueError(f"net must have at most {MAX_PARAMETERS:,} parameters, got {parameters:,}")
+
+
+def _equal(place: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise ValueError(f"{place} must be {wanted}, the width of what comes before, got {got}")
