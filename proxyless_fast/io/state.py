@@ -60,7 +60,8 @@ def load_state(net: nn.Module, state: Mapping[str, Any], source: str) -> None:
     own = net.state_dict()
     state = _without_prefixes(_unwrapped(state, own, source), own)
     counters = {name for name in own if name.endswith("num_batches_tracked")}  # old checkpoints have none
-    missing = sorted(own.keys() - state.keys() - counters)
+    masks = {name for name in own if name.rpartition(".")[2] == "pruned"}  # as alphas of -inf, which MixedOp reads
+    missing = sorted(own.keys() - state.keys() - counters - masks)
     unexpected = sorted(map(str, state.keys() - own.keys()))
     tensors = {name: _tensor(state[name], name, source) for name in own if name in state}
     shapes = [
