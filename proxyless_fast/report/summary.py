@@ -13,7 +13,7 @@ STAGES = ("profile", "search", "derive", "train", "eval", "export")
 
 def print_report(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
     """Prints what is known of a run: latencies, accuracy, size, the architecture, files and times."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     table = Table(title=str(folder), title_justify="left", show_header=False)
     for name, value in _rows(report):
         table.add_row(name, value)

@@ -1,5 +1,6 @@
 """The command line: the chain on a tiny dataset, and every wrong input: exit code 2, one line, no traceback."""
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from proxyless_fast.cli import main
 from proxyless_fast.cli.parser import SUMMARIES
-from proxyless_fast.report import block_lines
-from proxyless_fast.search import Search
+from proxyless_fast.report import block_lines, print_report
+from proxyless_fast.search import Search, progress
 
 FAST = ["--batch-size", "16", "--epochs", "1", "--warmup-epochs", "1", "--arch-every", "2", "--log-every", "2"]
 SMALL_SPACE = ["--candidates", "3x3_MBConv3", "5x5_MBConv3"]
@@ -265,3 +267,11 @@ def test_bench_is_part_of_the_package(capsys):
         main(["bench", "--help"])
     assert stop.value.code == 0
     assert "--official" in capsys.readouterr().out
+
+
+def test_a_folder_s_name_is_printed_as_it_is(tmp_path):
+    said = io.StringIO()
+    for name in ("[v1] a", "x[/b]", "[red]"):
+        print_report({"total": {"seconds": 1.0}}, tmp_path / name, Console(file=said, width=300, markup=False))
+        assert name in said.getvalue()
+    assert not progress.console._markup  # what the stages print with
