@@ -205,7 +205,7 @@ def wrong_calls():
     yield "out", lambda: ops.conv_norm_act(x, torch.ones(0, 3, 3, 3), c[:0], c[:0], [], 1, "relu6", True, 1e-3)
 
 
-@pytest.mark.parametrize("said, call", wrong_calls())
+@pytest.mark.parametrize("said, call", list(wrong_calls()))
 def test_native_ops_name_the_argument(said, call):
     with pytest.raises(ValueError, match=said):
         call()
