@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, Zero
@@ -19,6 +17,7 @@ from ..io.state import load_state
 from ..spaces.chain_net import ChainNet
 from ..spaces.common import initialise
 from . import batchnorm
+from .faithful import require_same
 
 _ACTS: dict[str | None, str] = {"h_swish": "hardswish"}  # other programs' names to ours
 _WRITTEN = {"relu6": "relu6", "relu": "relu", "identity": None, None: None}  # the activations that the format has
@@ -51,7 +50,8 @@ def official(net: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "classifier": _linear_config(net.classifier),
         "blocks": blocks,
     }
-    _check_same(net, config)
+    told = check(OfficialConfig, config, "net has no official config")
+    require_same(net, lambda: _build(told, net.resolution), "an official config")
     return config, {name: value.detach().cpu() for name, value in net.state_dict().items()}
 
 
@@ -88,17 +88,6 @@ def _build(config: OfficialConfig, resolution: int) -> ChainNet:
     if config.bn is not None:
         batchnorm.apply(net, [{"momentum": config.bn.momentum, "eps": config.bn.eps}])
     return net
-
-
-def _check_same(net: ChainNet, config: dict[str, Any]) -> None:
-    """ValueError where the net has modules that its config does not tell: another activation, a replaced layer."""
-    with torch.device("meta"):
-        told = _build(check(OfficialConfig, config, "net has no official config"), net.resolution)
-    # In place or not, an activation computes the same.
-    ours, theirs = (repr(n).replace("inplace=True", "").splitlines()[1:] for n in (net, told))
-    for line, expected in zip_longest(ours, theirs, fillvalue=""):
-        if line != expected:
-            raise ValueError(f"net has no official config: expected {expected.strip()!r}, got {line.strip()!r}")
 
 
 def _conv_config(layer: nn.Module, place: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Block(Strict):
     out_channels: Size
     stride: Stride
     shortcut: bool
-    act: Act | None = None
+    act: Act = "relu6"  # of an MBConv; the others have their own
 
 
 class Chain(Strict):
