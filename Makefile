@@ -9,12 +9,13 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help search test test-quick bench bench-gpu tune-gpu lint format docs dist sanitize clean
+.PHONY: help search test test-quick fuzz bench bench-gpu tune-gpu lint format docs dist sanitize clean
 
 help:
 	@echo "make search     search, derive, train and export a network for this machine (ARGS=... are passed on)"
 	@echo "make test       every test"
 	@echo "make test-quick the tests to run while working: under a minute"
+	@echo "make fuzz       damaged, hostile and random input: a minute for each fuzzer (ARGS=... are passed on)"
 	@echo "make bench      memory and speed, as ratios within one run"
 	@echo "make bench-gpu  correctness and speed on a GPU (exit code 2 without one)"
 	@echo "make tune-gpu   the GPU kernels' table of configurations, measured on this card (exit code 2 without one)"
@@ -47,6 +48,10 @@ test: .venv/built
 
 test-quick: .venv/built
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+fuzz: .venv/built
+	@for file in tests/fuzz/[!_]*.py; do case $$file in */test_*) continue;; esac; \
+		echo "$$file"; $(BIN)/python -m tests.fuzz.$$(basename $$file .py) --seconds 60 $(ARGS) || exit 1; done
 
 bench: .venv/built
 	@$(BIN)/proxyless-fast bench $(ARGS)
