@@ -167,6 +167,5 @@ def _block(config: Block) -> ResidualBlock:
     if isinstance(op, ZeroLayer):
         # The official block around a ZeroLayer is the identity, whatever its shortcut says.
         return ResidualBlock(Zero(), shortcut=True)
-    act = _ACTS.get(op.act_func, op.act_func)
-    made = MBConv(op.in_channels, op.out_channels, op.kernel_size, op.stride, op.expand_ratio, act)
+    made = MBConv(op.in_channels, op.out_channels, op.kernel_size, op.stride, op.expand_ratio)
     return ResidualBlock(made, isinstance(config.shortcut, IdentityLayer))

@@ -186,10 +186,8 @@ def test_fields_that_change_nothing_change_nothing(small, change):
 
 def test_activations_are_honoured(small):
     config, state = export.official(small)
-    for c in (config["first_conv"], config["blocks"][0]["mobile_inverted_conv"]):
-        c["act_func"] = "h_swish"
-    net = export.from_official(config, state)
-    assert isinstance(net.first_conv.act, nn.Hardswish) and net.blocks[0].mobile_inverted_conv.act == "hardswish"
+    config["first_conv"]["act_func"] = "h_swish"
+    assert isinstance(export.from_official(config, state).first_conv.act, nn.Hardswish)
     del config["first_conv"]["act_func"]  # the official layer's own default
     assert isinstance(export.from_official(config).first_conv.act, nn.ReLU)
 
@@ -244,7 +242,9 @@ def test_the_resolution_is_the_config_s_or_the_one_asked_for(config):
         (op(expand_ratio=10**400), "expand_ratio must be .*, got an integer of [0-9]+ bits"),
         (op(expand_ratio=0), "expand_ratio must be greater than or equal to 1, got 0"),
         (op(mid_channels=7), r"mid_channels must be in_channels \* expand_ratio = 16 or null, got 7"),
-        (op(act_func="tanh"), "act_func must be .*, got 'tanh'"),
+        (op(act_func="tanh"), "act_func must be 'relu6', got 'tanh'"),
+        (op(act_func="relu"), "act_func must be 'relu6', got 'relu'"),
+        (op(act_func=None), "act_func must be 'relu6', got None"),
         (op(use_se=True), "use_se must be False, got True"),
         (op(groups=1), "groups must be None, got 1"),
         (op(dropout_rate=0.5), "dropout_rate is unknown"),

@@ -67,7 +67,7 @@ class MBInvertedConv(Strict):
     stride: SquareStride
     expand_ratio: Annotated[Whole, Field(ge=1, le=64)]
     mid_channels: Size | None = None
-    act_func: Literal["relu6", "relu", "h_swish", "hardswish", "silu"] = "relu6"
+    act_func: Annotated[Any, fixed("relu6")] = "relu6"  # once-for-all's; the official layer has no other
     use_se: No = False
     groups: Nothing = None  # with a number, once-for-all's depthwise convolution is none
 
