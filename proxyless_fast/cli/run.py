@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io import documents
+from ..io.schemas import Report, check
 
 STAGES = ("search", "derive", "train", "eval", "export", "total")
 
@@ -33,7 +34,9 @@ class Run:
         """Figures of the stages that have run, by stage. Raises ValueError where report.json is damaged."""
         if not self.report_file.is_file():
             return {}
-        return dict(documents.read(self.report_file, "a report"))
+        report = dict(documents.read(self.report_file, "a report"))
+        check(Report, report, str(self.report_file))
+        return report
 
     def stage(self, name: str) -> dict[str, Any]:
         """Figures of one stage. Raises FileNotFoundError where it has not run."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..costs import count_macs, count_parameters
 from ..io import documents
+from ..io.schemas import Architecture, check
 from ..spaces import from_config
 from . import batchnorm
 from .faithful import require_same
@@ -39,13 +40,9 @@ def architecture(net: nn.Module) -> dict[str, Any]:
 
 def from_architecture(document: Mapping[str, Any]) -> nn.Module:
     """The net that `architecture` described, with fresh weights; ValueError when the document is not one."""
-    if document.get("format") != FORMAT:
-        raise ValueError(f"architecture must have format {FORMAT!r}, got {document.get('format')!r}")
-    try:
-        net = from_config(document["net"])
-        batchnorm.apply(net, document["bn"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"architecture is incomplete or damaged: {type(error).__name__} at {error}") from error
+    read = check(Architecture, document, "architecture").model_dump()
+    net = from_config(read["net"])
+    batchnorm.apply(net, read["bn"])
     return net
 
 

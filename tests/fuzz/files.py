@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from proxyless_fast import export, spaces
 from proxyless_fast.io import documents
-from proxyless_fast.io.schemas import Architecture, Report, check
+from proxyless_fast.io.schemas import Report, check
 from proxyless_fast.io.state import load_state, load_weights
 from proxyless_fast.latency import ExpectedLatency, LatencyTable, MissingKey
 from proxyless_fast.search import checkpoint
@@ -219,9 +219,7 @@ class Files:
         return run(export.from_official(path))
 
     def read_architecture(self, path: Path) -> int:
-        document = documents.read(path, "architecture file")
-        check(Architecture, document, str(path))
-        return run(export.from_architecture(document))
+        return run(export.load_architecture(path))
 
     def read_report(self, path: Path) -> int:
         check(Report, documents.read(path, "a report"), str(path))
