@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import atomic
-from .text import short
+from .text import plain, short
 
 WRAPPERS = ("state_dict", "model", "net")  # where checkpoints keep the net's own
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
@@ -62,7 +62,7 @@ def load_state(net: nn.Module, state: Mapping[str, Any], source: str) -> None:
     counters = {name for name in own if name.endswith("num_batches_tracked")}  # old checkpoints have none
     masks = {name for name in own if name.rpartition(".")[2] == "pruned"}  # as alphas of -inf, which MixedOp reads
     missing = sorted(own.keys() - state.keys() - counters - masks)
-    unexpected = sorted(map(str, state.keys() - own.keys()))
+    unexpected = sorted(plain(str(name)) for name in state.keys() - own.keys())
     tensors = {name: _tensor(state[name], name, source) for name in own if name in state}
     shapes = [
         f"{name} has shape {tuple(value.shape)}, the net's has {tuple(own[name].shape)}"
@@ -72,7 +72,7 @@ def load_state(net: nn.Module, state: Mapping[str, Any], source: str) -> None:
     for wrong, what in ((missing, "lacks"), (unexpected, "has what the net lacks:"), (sorted(shapes), "differs:")):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise ValueError(f"{source} does not fit the net: it {what} {wrong[0][:200]}{more}")
+            raise ValueError(f"{source} does not fit the net: it {what} {wrong[0]}{more}")
     fitting = {name: _cast(value, own[name], name, source) for name, value in tensors.items()}
     net.load_state_dict({**{name: own[name] for name in counters}, **fitting})
 

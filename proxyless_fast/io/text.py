@@ -34,3 +34,8 @@ def short(value: object, limit: int = 60) -> str:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def plain(name: str, limit: int = 120) -> str:
+    """A name from a file as it is, if it is printable and of a length that fits a sentence; else its repr, cut."""
+    return name if name.isprintable() and 0 < len(name) <= limit else short(name, limit)

@@ -99,6 +99,7 @@ BIAS = "classifier.linear.bias"
         (lambda s: [s], "expected tensors by name, got list"),
         (lambda s: {f"module.{k}" if k == BIAS else k: v for k, v in s.items()}, f"it lacks {BIAS}"),
         (lambda s: {}, "it lacks .* and [0-9]+ more"),
+        (lambda s: {**s, "a\n\x07": s[BIAS]}, r"has what the net lacks: 'a\\n\\x07'"),
         (lambda s: {**s, 3: s[BIAS]}, "has what the net lacks: 3"),
     ],
 )  # fmt: skip
@@ -241,7 +242,7 @@ def test_the_resolution_is_the_config_s_or_the_one_asked_for(config):
         (op(expand_ratio=2.5), r"expand_ratio must be a whole number, got 2\.5"),
         (op(expand_ratio=10**400), "expand_ratio must be .*, got an integer of [0-9]+ bits"),
         (op(expand_ratio=0), "expand_ratio must be greater than or equal to 1, got 0"),
-        (op(mid_channels=7), r"mid_channels must be in_channels \* expand_ratio = 16 or null, got 7"),
+        (op(mid_channels=7), r"conv\.mid_channels must be in_channels \* expand_ratio = 16 or null, got 7"),
         (op(act_func="tanh"), "act_func must be 'relu6', got 'tanh'"),
         (op(act_func="relu"), "act_func must be 'relu6', got 'relu'"),
         (op(act_func=None), "act_func must be 'relu6', got None"),

@@ -78,6 +78,10 @@ def test_architectures_that_we_write_pass(chain, cell):
             r"net\.blocks\.1\.shortcut must be a valid boolean, got 1",
         ),
         (lambda d: d["net"]["blocks"][1].update(stride=0), r"net\.blocks\.1\.stride must be greater"),
+        (
+            lambda d: d["net"]["blocks"][1].update(name="3x3_Conv", act="silu"),
+            r"net\.blocks\.1\.act must be left out .*got 'silu'",
+        ),
         (lambda d: d["net"]["classifier"].update(in_features=7), r"net\.classifier\.in_features must be"),
         (lambda d: d["net"]["classifier"].update(dropout=-0.1), r"net\.classifier\.dropout must be greater"),
         (lambda d: d["net"]["classifier"].update(out_features=10**12), r"net\.classifier\.out_features must be less"),
@@ -100,7 +104,7 @@ def test_a_damaged_architecture_is_named(chain, change, complaint):
         (lambda n: n["cells"][0].pop(), r"net\.cells\.0 .*at least 6 items"),
         (lambda n: n["cells"][0].append("Zero"), r"net\.cells\.0 .*at most 6 items"),
         (lambda n: n["cells"][0].__setitem__(0, None), r"net\.cells\.0\.0 must be a valid string, got None"),
-        (lambda n: n.update(channels=4096), "net must have at most 134,217,728 parameters"),
+        (lambda n: n.update(channels=4096), r"net\.cells must have at most 134,217,728 parameters"),
         (lambda n: n.update(channels=True), r"net\.channels must be a whole number, got True"),
     ],
 )

@@ -46,7 +46,13 @@ class Block(Strict):
     out_channels: Size
     stride: Stride
     shortcut: bool
-    act: Act = "relu6"  # of an MBConv; the others have their own
+    act: Act = "relu6"
+
+    @model_validator(mode="after")
+    def _only_mbconvs_have_a_choice(self) -> Block:
+        if self.act != "relu6" and "mbconv" not in self.name.lower():
+            raise ValueError(f"act must be left out where the block is no MBConv, got {self.act!r} for {self.name}")
+        return self
 
 
 class Chain(Strict):
@@ -63,18 +69,18 @@ class Chain(Strict):
     def _widths_chain(self) -> Chain:
         width, parameters = self.first_conv.out_channels, _conv_parameters(self.first_conv)
         for i, block in enumerate(self.blocks):
-            _equal(f"net.blocks.{i}.in_channels", block.in_channels, width)
-            parameters += _most_parameters(block.name, width, block.out_channels, f"net.blocks.{i}.name")
+            _equal(f"blocks.{i}.in_channels", block.in_channels, width)
+            parameters += _most_parameters(block.name, width, block.out_channels, f"blocks.{i}.name")
             if block.shortcut and (block.stride != 1 or block.out_channels != width):
                 raise ValueError(
-                    f"net.blocks.{i}.shortcut must be false where the block changes the shape (stride {block.stride}, "
+                    f"blocks.{i}.shortcut must be false where the block changes the shape (stride {block.stride}, "
                     f"{width} to {block.out_channels} channels), got true"
                 )
             width = block.out_channels
-        _equal("net.feature_mix_layer.in_channels", self.feature_mix_layer.in_channels, width)
-        _equal("net.classifier.in_features", self.classifier.in_features, self.feature_mix_layer.out_channels)
+        _equal("feature_mix_layer.in_channels", self.feature_mix_layer.in_channels, width)
+        _equal("classifier.in_features", self.classifier.in_features, self.feature_mix_layer.out_channels)
         parameters += _conv_parameters(self.feature_mix_layer)
-        _limit(parameters + self.classifier.in_features * self.classifier.out_features)
+        _limit(parameters + self.classifier.in_features * self.classifier.out_features, "blocks")
         return self
 
 
@@ -92,13 +98,13 @@ class Cell(Strict):
     @model_validator(mode="after")
     def _cells_are_as_many_as_said(self) -> Cell:
         if len(self.cells) != 3 * self.cells_per_stage:
-            raise ValueError(f"net.cells must hold {3 * self.cells_per_stage} cells, got {len(self.cells)}")
+            raise ValueError(f"cells must hold {3 * self.cells_per_stage} cells, got {len(self.cells)}")
         parameters = 9 * self.channels * self.in_channels
         parameters += 4 * self.channels * self.num_classes + 200 * self.channels**2
         for i, cell in enumerate(self.cells):
             width = self.channels << (i // self.cells_per_stage)
-            parameters += sum(_most_parameters(name, width, width, f"net.cells.{i}") for name in cell)
-        _limit(parameters)
+            parameters += sum(_most_parameters(name, width, width, f"cells.{i}") for name in cell)
+        _limit(parameters, "cells")
         return self
 
 
@@ -129,9 +135,9 @@ def _most_parameters(name: str, width: int, out: int, place: str) -> int:
     return width * out * (numbers[0] if numbers else 1) ** 2
 
 
-def _limit(parameters: int) -> None:
+def _limit(parameters: int, what: str) -> None:
     if parameters > MAX_PARAMETERS:
-        raise ValueError(f"net must have at most {MAX_PARAMETERS:,} parameters, got {parameters:,}")
+        raise ValueError(f"{what} must have at most {MAX_PARAMETERS:,} parameters, got {parameters:,}")
 
 
 def _equal(place: str, got: int, wanted: int) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..text import short
+from ..text import plain, short
 
 # What a net of a file may have: a hundred times the paper's, and little enough to be built in a second or two.
 MAX_PARAMETERS = 1 << 27
@@ -92,7 +92,7 @@ def check(model: type[Model], content: Mapping[str, Any], source: str) -> Model:
 
 def _sentence(fault: Any) -> str:
     kind, context = fault["type"], fault.get("ctx", {})
-    parts = [part if isinstance(part, int) else _plain(str(part)) for part in fault["loc"]]
+    parts = [part if isinstance(part, int) else plain(str(part)) for part in fault["loc"]]
     parts = [part for part in parts if part not in _NO_FIELDS]
     place = ".".join(map(str, parts)) or "it"
     if kind == "missing":
@@ -100,7 +100,8 @@ def _sentence(fault: Any) -> str:
     if kind == "extra_forbidden":
         return f"{place} is unknown and might change what the file means, got {short(fault['input'])}"
     if kind == "value_error":
-        return str(context["error"])
+        # A model's own check begins with the field, as seen from there.
+        return f"{place}.{context['error']}" if parts else str(context["error"])
     tag = str(context.get("discriminator", "")).strip("'")
     if kind == "union_tag_invalid":
         return f"{place}.{tag} must be one of {context['expected_tags']}, got {short(context['tag'])}"
@@ -111,8 +112,3 @@ def _sentence(fault: Any) -> str:
         return f"{place} must be an object, got {short(fault['input'])}"
     message = fault["msg"].replace("Input should be", "must be", 1)
     return f"{place} {message}, got {short(fault['input'])}"
-
-
-def _plain(part: str) -> str:
-    """A key of a file as it is, if it is plain text of a readable length; else its repr."""
-    return part if part.isprintable() and 0 < len(part) <= 120 else short(part, 120)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..text import short
+from ..text import plain, short
 from .common import Real, Strict, Whole
 
 MOST_MS = 1e9  # eleven days: what is above is no latency, and sums of it would overflow
@@ -34,7 +34,7 @@ class Header(Strict):
     @model_validator(mode="after")
     def _notes_say_something(self) -> Header:
         for name, value in (self.model_extra or {}).items():
-            _check_note(value, f"header.{name[:60]}")
+            _check_note(value, plain(name))
         return self
 
 
@@ -46,7 +46,7 @@ def _check_note(value: Any, place: str) -> None:
     elif isinstance(value, list | tuple):
         children = enumerate(value)
     for key, child in children:
-        _check_note(child, f"{place}.{str(key)[:60]}")
+        _check_note(child, f"{place}.{plain(str(key))}")
     if value is None or (isinstance(value, int | float) and not 0 <= value < math.inf):
         got = "nothing" if value is None else short(value)
         raise ValueError(f"{place} must be text or a finite number of at least 0, got {got}")
