@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import atomic
-from .text import read_text, short
+from .text import read_text, said, short
 
 # A thousand times what a net of the paper needs, and little enough that no file takes a second.
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 4 << 20, 200_000, 32, 64
@@ -29,7 +29,7 @@ def read(document: Mapping[str, Any] | str | Path, what: str) -> Mapping[str, An
     try:
         content = _parse(text)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
+        raise ValueError(f"{path} cannot be read as {what}: {said(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read as {what}: expected a JSON object, got {type(content).__name__}")
     return content

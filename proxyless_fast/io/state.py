@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import atomic
-from .text import plain, short
+from .text import plain, said, short
 
 WRAPPERS = ("state_dict", "model", "net")  # where checkpoints keep the net's own
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
@@ -47,7 +47,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # the library raises its own, and KeyError, TypeError, ... for what a header may say
-        raise ValueError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{path} cannot be read as safetensors: {said(error)}") from error
 
 
 def load_state(net: nn.Module, state: Mapping[str, Any], source: str) -> None:

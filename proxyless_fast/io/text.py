@@ -23,7 +23,7 @@ def read_text(path: str | Path, what: str, limit: int) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(f"no {what} at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
+        raise ValueError(f"{path} cannot be read as {what}: {said(error)}") from error
 
 
 def short(value: object, limit: int = 60) -> str:
@@ -39,3 +39,9 @@ def short(value: object, limit: int = 60) -> str:
 def plain(name: str, limit: int = 120) -> str:
     """A name from a file as it is, if it is printable and of a length that fits a sentence; else its repr, cut."""
     return name if name.isprintable() and 0 < len(name) <= limit else short(name, limit)
+
+
+def said(error: Exception, limit: int = 300) -> str:
+    """What a library says of a file, on one printable line: it quotes from the file."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split())[:limit]

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from .files import atomic
-from .text import read_text, short
+from .text import read_text, said, short
 
 # A table of 50,000 operations; read in about a second.
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 16 << 20, 500_000, 16, 64
@@ -50,7 +50,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
     try:
         return _Reader(text).document()
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as {what}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} cannot be read as {what}: {said(error)}") from error
 
 
 def write_yaml(content: Any, path: str | Path) -> None:
