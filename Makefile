@@ -49,9 +49,11 @@ test: .venv/built
 test-quick: .venv/built
 	@$(PYTEST) -m "not slow" $(ARGS)
 
+# Decoders complain of damaged files on the error stream, line upon line; it is shown where a fuzzer fails.
 fuzz: .venv/built
-	@for file in tests/fuzz/[!_]*.py; do case $$file in */test_*) continue;; esac; \
-		echo "$$file"; $(BIN)/python -m tests.fuzz.$$(basename $$file .py) --seconds 60 $(ARGS) || exit 1; done
+	@mkdir -p build; for file in tests/fuzz/[!_]*.py; do case $$file in */test_*) continue;; esac; echo "$$file"; \
+		$(BIN)/python -m tests.fuzz.$$(basename $$file .py) --seconds 60 $(ARGS) 2> build/fuzz.log || \
+		{ tail -n 30 build/fuzz.log; exit 1; }; done
 
 bench: .venv/built
 	@$(BIN)/proxyless-fast bench $(ARGS)

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import proxyless_fast as pf
 from proxyless_fast import export
-from proxyless_fast.blocks import ConvLayer, LinearLayer, ResidualBlock
+from proxyless_fast.blocks import ConvLayer, LinearLayer, ReluConv, ResidualBlock
 from proxyless_fast.spaces import ChainNet
 
 
@@ -124,6 +124,28 @@ def test_what_the_engine_knows_it_still_runs():
     assert "holds 4 modules" in block.fused(x)[1]
     with pytest.raises(ValueError, match="holds 4 modules"):
         block.shape((6, 6, 4))
+
+
+def test_weights_exchanged_behind_the_modules_back():
+    """`weight.data = ...` changes no object: padding and groups were read beside another shape."""
+    block, x = pf.MBConv(4, 4).double(), torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    layer, image = ConvLayer(3, 8, 3).double(), torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    for module, conv, given in ((block, block.depth_conv.conv, x), (layer, layer.conv, image)):
+        module(given)
+        out, inputs, _, _ = conv.weight.shape
+        conv.weight.data = torch.randn(out, inputs, 5, 5, dtype=torch.float64)
+        assert "another shape" in module.fused(given)[1]
+        torch.testing.assert_close(module(given), by_modules(copy.deepcopy(module), given))
+
+
+def test_costs_of_a_cell_follow_its_modules():
+    net = pf.derive(pf.spaces.cell(channels=4, cells_per_stage=1, resolution=8))
+    net.classifier.linear = nn.Linear(16, 3)
+    assert net.num_classes == 3
+    net.body[1].conv_b = ReluConv(8, 8, 5)
+    net.body[1].conv_a.conv.stride = (1, 1)
+    with pytest.raises(ValueError, match=r"body\.1: Reduction: its shortcut and its convolutions"):
+        pf.count_macs(net)
 
 
 def test_costs_follow_the_modules():

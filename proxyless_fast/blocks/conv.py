@@ -120,7 +120,8 @@ class ConvLayer(Fusible, nn.Sequential):
         if reason:
             return reason, None
         found = Snapshot.of(self, self._gather)
-        return (str(found), None) if isinstance(found, Unreadable) else ("", found)
+        reason = str(found) if isinstance(found, Unreadable) else found.arguments.why_stale()
+        return reason, None if reason else found
 
     def _gather(self) -> _Fused:
         """Norm and activation must be plain; the convolution may be anything, which then runs by itself."""

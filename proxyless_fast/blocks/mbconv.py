@@ -77,6 +77,16 @@ class Stages(NamedTuple):
         return self.depth.conv.out_channels
 
     @property
+    def out_channels(self) -> int:
+        return self.project.conv.out_channels
+
+    @property
+    def expand_ratio(self) -> int:
+        if self.wide % self.in_channels:
+            raise ValueError(f"MBConv: {self.wide} inner channels are no multiple of {self.in_channels} inputs")
+        return self.wide // self.in_channels
+
+    @property
     def all(self) -> list[Stage]:
         return [self.depth, self.project] if self.expand is None else [self.expand, self.depth, self.project]
 
@@ -158,7 +168,7 @@ class MBConv(Fusible, nn.Module):
 
     @property
     def out_channels(self) -> int:
-        return self._read().project.conv.out_channels
+        return self._read().out_channels
 
     @property
     def kernel_size(self) -> int:
@@ -170,10 +180,7 @@ class MBConv(Fusible, nn.Module):
 
     @property
     def expand_ratio(self) -> int:
-        stages = self._read()
-        if stages.wide % stages.in_channels:
-            raise ValueError(f"MBConv: {stages.wide} inner channels are no multiple of {stages.in_channels} inputs")
-        return stages.wide // stages.in_channels
+        return self._read().expand_ratio
 
     @property
     def act(self) -> str:
@@ -244,7 +251,9 @@ class MBConv(Fusible, nn.Module):
         found = Snapshot.of(self, self._gather)
         if isinstance(found, Unreadable):
             return str(found), None
-        reason = can_run_mbconv(x, found.params, stride=found.stride, activation=found.activation)[1]
+        reason = (
+            found.why_stale() or can_run_mbconv(x, found.params, stride=found.stride, activation=found.activation)[1]
+        )
         return reason, None if reason else found
 
     def _gather(self) -> FusedArguments:
@@ -267,19 +276,22 @@ class MBConv(Fusible, nn.Module):
         Raises ValueError where the block's modules are no MBConv any more, or do not take the input's channels.
         """
         stages = self._read()
-        (h, w, channels), depth = input, stages.depth.conv
+        (h, w, channels), depth, act = input, stages.depth.conv, stages.depth.activation
         if channels != stages.in_channels:
             raise ValueError(f"MBConv: input has {channels} channels, expected {stages.in_channels}")
         ho, wo = conv_output(h, depth.stride), conv_output(w, depth.stride)
         expand = 0 if stages.expand is None else h * w * channels * stages.wide
-        macs = expand + ho * wo * stages.wide * (depth.kernel_size**2 + self.out_channels)
+        macs = expand + ho * wo * stages.wide * (depth.kernel_size**2 + stages.out_channels)
         attributes: tuple[tuple[str, int | str], ...] = (
-            ("expand", self.expand_ratio), ("kernel", depth.kernel_size), ("stride", depth.stride), ("idskip", idskip),
-        )  # fmt: skip
+            ("expand", stages.expand_ratio),
+            ("kernel", depth.kernel_size),
+            ("stride", depth.stride),
+            ("idskip", idskip),
+        )
         # The published keys are of ReLU6; another activation takes another time.
-        if self.act != "relu6":
-            attributes += (("act", self.act),)
-        return OpShape("expanded_conv", input, (ho, wo, self.out_channels), attributes, macs, count_elements(self))
+        if act != "relu6":
+            attributes += (("act", act),)
+        return OpShape("expanded_conv", input, (ho, wo, stages.out_channels), attributes, macs, count_elements(self))
 
     def extra_repr(self) -> str:
         try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import stat
-from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ..io.text import printable
 
 # Decoded within this process, from what the file holds and not from its name. Others (EPS, say) start programs.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -32,11 +33,6 @@ _TURNS = {
 
 class UnreadableImage(ValueError):
     """An image file that cannot be read; the message names it."""
-
-
-def printable(path: Any) -> str:
-    """A path or name for a message of one line: what a terminal could not show is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def read(path: str) -> Image.Image:
@@ -93,7 +89,7 @@ def _orientation(image: Image.Image) -> int:
     """1 to 8; 1 where nothing is said or the EXIF data are damaged, as viewers take it."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
+    except Exception:  # whatever type, as in `read`
         return 1
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .images import printable
+from ..io.text import printable
 
 log = logging.getLogger(__name__)
 

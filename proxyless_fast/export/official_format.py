@@ -116,8 +116,8 @@ def _linear_config(layer: nn.Module) -> dict[str, Any]:
         raise ValueError(f"classifier has no form in the official config: expected a LinearLayer, got {layer}")
     return {
         "name": "LinearLayer",
-        "in_features": layer.linear.in_features,
-        "out_features": layer.linear.out_features,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
         "bias": True,
         "use_bn": False,
         "act_func": None,

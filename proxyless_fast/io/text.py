@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def read_text(path: str | Path, what: str, limit: int) -> str:
@@ -34,6 +35,11 @@ def short(value: object, limit: int = 60) -> str:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def printable(path: Any) -> str:
+    """A path or name for a message of one line: what a terminal could not show is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def plain(name: str, limit: int = 120) -> str:

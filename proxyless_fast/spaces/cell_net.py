@@ -14,7 +14,8 @@ from ..blocks.parts import batch_norm
 from ..checks import check_positive
 from ..costs import Layer, OpShape, conv_output, count_elements, require_cost
 from ..mixed import MixedOp
-from .common import describe_layer, initialise
+from ..reading import Unreadable, read_convolution
+from .common import attribute_of, describe_layer, initialise
 
 OPERATIONS = ("Zero", "Identity", "1x1_Conv", "3x3_Conv", "3x3_AvgPool")
 # The names of NAS-Bench-201 (Dong and Yang, ICLR 2020, section 2.1), for its architecture strings.
@@ -51,7 +52,6 @@ class Reduction(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
         self.conv_a = ReluConv(in_channels, out_channels, 3, 2)
         self.conv_b = ReluConv(out_channels, out_channels, 3, 1)
         pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
@@ -62,12 +62,23 @@ class Reduction(nn.Module):
         return self.downsample(x) + self.conv_b(self.conv_a(x))
 
     def shape(self, input: tuple[int, ...]) -> OpShape:
-        """Cost at input (height, width, channels)."""
-        h, w, c = input
-        ho, wo = conv_output(h, 2), conv_output(w, 2)
-        macs = ho * wo * self.out_channels * (9 * c + 9 * self.out_channels + c)
-        count = count_elements(self)
-        return OpShape("reduction", input, (ho, wo, self.out_channels), (), macs, count)
+        """Cost at input (height, width, channels).
+
+        Raises ValueError where the modules no longer halve the image, or do not add up.
+        """
+        first = self.conv_a.shape(input)
+        second = self.conv_b.shape(first.output)
+        halved = (conv_output(input[0], 2), conv_output(input[1], 2), first.output[2])
+        pool, conv = self.downsample
+        try:
+            point = read_convolution(conv, "downsample.conv")
+        except Unreadable as reason:
+            raise ValueError(f"Reduction: {reason}") from None
+        pooled = type(pool) is nn.AvgPool2d and (pool.kernel_size, pool.stride, pool.ceil_mode) == (2, 2, True)
+        if not pooled or point[1:6] != (halved[2], input[2], 1, 1, 1) or not first.output == second.output == halved:
+            raise ValueError("Reduction: its shortcut and its convolutions do not both halve the image")
+        macs = first.macs + second.macs + halved[0] * halved[1] * halved[2] * input[2]
+        return OpShape("reduction", input, halved, (), macs, count_elements(self))
 
 
 class CellNet(nn.Module):
@@ -93,8 +104,7 @@ class CellNet(nn.Module):
         check_positive(channels=channels, cells_per_stage=cells_per_stage)
         if cells is not None and [len(c) for c in cells] != [len(EDGES)] * 3 * cells_per_stage:
             raise ValueError(f"cells must hold {3 * cells_per_stage} lists of {len(EDGES)} operation names")
-        self.num_classes, self.in_channels, self.resolution = num_classes, in_channels, resolution
-        self.channels, self.cells_per_stage = channels, cells_per_stage
+        self.resolution, self.cells_per_stage = resolution, cells_per_stage
         self.stem = ConvLayer(in_channels, channels, 3, 1, act=None)
         body: list[nn.Module] = []
         count, width = 0, channels
@@ -117,6 +127,21 @@ class CellNet(nn.Module):
         self.global_avg_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = LinearLayer(width, num_classes)
         initialise(self)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images. Raises ValueError where the stem is no plain convolution any more."""
+        return attribute_of(self.stem, "stem", "in_channels")
+
+    @property
+    def channels(self) -> int:
+        """Of the first stage. Raises ValueError as `in_channels` does."""
+        return attribute_of(self.stem, "stem", "out_channels")
+
+    @property
+    def num_classes(self) -> int:
+        """Raises ValueError where the classifier does not tell its outputs."""
+        return attribute_of(self.classifier, "classifier", "out_features")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -11,7 +11,7 @@ from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, candidate
 from ..checks import check_positive
 from ..costs import Layer, require_cost
 from ..mixed import MixedOp
-from .common import describe_layer, initialise
+from .common import attribute_of, describe_layer, initialise
 
 MBCONVS = ("3x3_MBConv3", "3x3_MBConv6", "5x5_MBConv3", "5x5_MBConv6", "7x7_MBConv3", "7x7_MBConv6")
 
@@ -48,12 +48,12 @@ class ChainNet(nn.Module):
     @property
     def in_channels(self) -> int:
         """Channels of the images. Raises ValueError where the stem is no plain convolution any more."""
-        return _own(self.first_conv, "first_conv", "in_channels")
+        return attribute_of(self.first_conv, "first_conv", "in_channels")
 
     @property
     def num_classes(self) -> int:
         """Raises ValueError where the classifier does not tell its outputs."""
-        return _own(self.classifier, "classifier", "out_features")
+        return attribute_of(self.classifier, "classifier", "out_features")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first_conv(x)
@@ -81,7 +81,7 @@ class ChainNet(nn.Module):
 
         Raises ValueError for a net that still holds mixed ops, or modules that no description can say.
         """
-        size = _own(self.first_conv, "first_conv", "out_channels")
+        size = attribute_of(self.first_conv, "first_conv", "out_channels")
         blocks = []
         for i, block in enumerate(self.blocks):
             op: Any = block.mobile_inverted_conv
@@ -89,7 +89,7 @@ class ChainNet(nn.Module):
                 raise ValueError(f"net must be derived before it is described; blocks.{i} is still a mixed op")
             out = getattr(op, "out_channels", None) or size
             entry = {
-                "name": _own(op, f"blocks.{i}", "name"),
+                "name": attribute_of(op, f"blocks.{i}", "name"),
                 "in_channels": size,
                 "out_channels": out,
                 "stride": getattr(op, "stride", 1),
@@ -106,21 +106,11 @@ class ChainNet(nn.Module):
             "blocks": blocks,
             "feature_mix_layer": _conv_config(self.feature_mix_layer),
             "classifier": {
-                "in_features": _own(self.classifier, "classifier", "in_features"),
+                "in_features": attribute_of(self.classifier, "classifier", "in_features"),
                 "out_features": self.num_classes,
-                "dropout": _own(self.classifier, "classifier", "dropout_rate"),
+                "dropout": attribute_of(self.classifier, "classifier", "dropout_rate"),
             },
         }
-
-
-def _own(module: nn.Module, place: str, name: str) -> Any:
-    """An attribute that a module has or does not have. Raises ValueError, which names the place."""
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        raise ValueError(f"{place} is a {type(module).__name__}, which has no {name}") from None
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def _conv_config(layer: ConvLayer) -> dict[str, Any]:

@@ -19,6 +19,16 @@ def describe_layer(name: str, op: nn.Module, size: tuple[int, ...], idskip: int)
     return Layer(name, costs, modules, mixed)
 
 
+def attribute_of(module: nn.Module, place: str, name: str) -> Any:
+    """An attribute that a module has or does not have. Raises ValueError, which names the place."""
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise ValueError(f"{place} is a {type(module).__name__}, which has no {name}") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
 def initialise(net: nn.Module) -> None:
     """He initialisation by fan-out for convolutions, uniform for the classifier (official init_model "he_fout")."""
     for module in net.modules():

@@ -6,7 +6,6 @@ Run it as `python -m tests.fuzz.files --seconds 60`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import json
@@ -35,6 +34,7 @@ from proxyless_fast.latency import ExpectedLatency, LatencyTable, MissingKey
 from proxyless_fast.search import checkpoint
 from proxyless_fast.spaces.chain_net import supernet
 from proxyless_fast.supernet import derive, mixed_ops
+from tests.fuzz._command import from_command_line
 
 SECOND = 1.0  # of CPU time; nets that may be built get more, by their parameters
 MEMORY = 96 << 20  # beside ten times the file, and a net that was built
@@ -302,10 +302,4 @@ def main(seconds: float = 60.0, seed: int = 0, cases: int = sys.maxsize, kinds: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=sys.maxsize)
-    parser.add_argument("--kinds", default="", help=f"of {','.join(NAMES)}; default: all")
-    options = parser.parse_args()
-    sys.exit(main(options.seconds, options.seed, options.cases, options.kinds))
+    from_command_line(main, __doc__, kinds=f"of {','.join(NAMES)}; default: all")

@@ -6,7 +6,6 @@ with 1.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ from PIL import Image
 
 from proxyless_fast.data import loaders
 from proxyless_fast.data.listing import EXTENSIONS, LITTER
+from tests.fuzz._command import from_command_line
 
 NAMES = ["a", "b", "c.png", ".hidden", "._b", "__MACOSX", "é", "e\u0301", "x y", "%s", "\udcff", "d\n"]
 FILES = ["0.png", "1.PNG", "2.jpg", "._0.png", ".DS_Store", "notes.txt", "\udcfe.png", "3.tif"]
@@ -125,9 +125,4 @@ def main(seconds: float = 60.0, seed: int = 0, cases: int = sys.maxsize) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=sys.maxsize)
-    options = parser.parse_args()
-    sys.exit(main(options.seconds, options.seed, options.cases))
+    from_command_line(main, __doc__)

@@ -6,7 +6,6 @@ file and exits with 1.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import random
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from proxyless_fast.data import UnreadableImage, idx, images
+from tests.fuzz._command import from_command_line
 
 SECOND = 1.0
 # What reading may add to the process, as images.py states it for the largest image.
@@ -150,9 +150,4 @@ def main(seconds: float = 60.0, seed: int = 0, cases: int = sys.maxsize) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=sys.maxsize)
-    options = parser.parse_args()
-    sys.exit(main(options.seconds, options.seed, options.cases))
+    from_command_line(main, __doc__)
