@@ -1,14 +1,17 @@
-// What Python asks about the build; the ops themselves are reached through torch.ops.proxyless_fast.
+// What Python asks of the build, its memory and of modules; the ops are reached through torch.ops.proxyless_fast.
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
 #include "cpu/ops/memory.h"
+#include "modules.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of proxyless_fast; importing it registers torch.ops.proxyless_fast.";
   m.def("instruction_set", [] { return pf::cpu::kernels().name; }, "The instruction set the CPU kernels run with.");
   m.def("release_memory", &pf::release_memory,
         "Give the memory that the CPU ops keep between steps and do not use now back to the system.");
+  m.def("objects_of", &pf::objects_of, "Every object that calling a torch module depends on, its children's too.");
+  m.def("has_objects", &pf::has_objects, "Whether objects_of(module) would be the very same objects as these.");
   m.def(
       "build_info",
       [] {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._deprecated import renamed_arguments
+from .candidates import defined_with_forward
 from .costs import describe_layers
 from .reading import Convolution, Norm, Unreadable, common_norm
 
@@ -88,6 +89,17 @@ class Fusible:
 
     policies: tuple[str, ...] = ("fast", "off")
     policy = "fast"
+
+    def fused(self, x: Tensor) -> tuple[bool, str]:
+        """Whether the block's fused op takes x: (True, ""), or (False, why not, in words)."""
+        if "forward" in self.__dict__ or not defined_with_forward(type(self), "_plan"):
+            return False, "the block has a forward of its own"
+        reason, _ = self._plan(x)
+        return not reason, reason
+
+    def _plan(self, x: Tensor) -> tuple[str, Any]:
+        """("", what the op takes of the block), or (why it does not take x, None)."""
+        raise NotImplementedError
 
     def recomputed(self) -> tuple[int, int] | None:
         """What "lean" trades per pixel of the output: (multiply-accumulates that compute one kept value again, kept

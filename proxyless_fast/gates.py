@@ -28,6 +28,17 @@ class GatedStep(NamedTuple):
     kwargs: dict[str, Any]
 
 
+def input_versions(args: tuple, kwargs: dict[str, Any]) -> list[int]:
+    """How often each tensor among the arguments was changed in place."""
+    return [leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+def require_unchanged(name: str, before: list[int], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where candidate `name` changed an argument in place, which the other candidates read too."""
+    if input_versions(args, kwargs) != before:
+        raise ValueError(f"candidate {name!r} must not change its input in place, which the other candidates read too")
+
+
 def attach_gates(step: GatedStep, alpha: Tensor, output: Any, term: GateTerm | None) -> Any:
     """The active candidate's output, with the gates' backward attached to its floating-point tensors.
 
@@ -137,7 +148,9 @@ def _probes(step: GatedStep, grads: Sequence[Tensor | None], shared: Any) -> lis
 def _probe(step: GatedStep, place: int, grads: Sequence[Tensor | None]) -> Tensor:
     """The gate gradient of one candidate, run without autograd and dropped at once."""
     run: Callable = step.candidates[place]
+    before = input_versions(step.args, step.kwargs)
     outputs = [leaf for leaf in pytree.tree_leaves(run(*step.args, **step.kwargs)) if _is_float(leaf)]
+    require_unchanged(step.names[place], before, step.args, step.kwargs)
     shapes = [tuple(o.shape) for o in outputs]
     wanted = [None if g is None else tuple(g.shape) for g in grads]
     if len(shapes) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shapes, strict=True)):

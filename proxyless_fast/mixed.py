@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ._deprecated import warn_renamed
 from .candidates import offered
-from .gates import GatedStep, attach_gates
+from .gates import GatedStep, attach_gates, input_versions, require_unchanged
 
 Mode = Literal["path", "full", "two", "sum", "softmax"]
 MODES: tuple[Mode, ...] = ("path", "full", "two", "sum", "softmax")
@@ -38,7 +38,7 @@ class MixedOp(nn.Module):
     offer beyond `forward` is in `proxyless_fast.candidates`.
 
     The output of modes "full" and "two" must not be changed in place: backward reads it; autograd says so if it is.
-    Raises ValueError for wrong candidates.
+    Raises ValueError for wrong candidates, and when called, outside mode "path", where one changes its input in place.
     """
 
     alpha: nn.Parameter
@@ -178,7 +178,9 @@ class MixedOp(nn.Module):
         if not self._gates_wanted:
             return candidate(*args, **kwargs)
         run = offered(candidate, "run_gated") if len(args) == 1 and not kwargs else None
+        before = input_versions(args, kwargs)
         output, term = (candidate(*args, **kwargs), None) if run is None else run(args[0])
+        require_unchanged(self.names[self.active], before, args, kwargs)
         return attach_gates(self._gated_step(args, kwargs), self.logits(), output, term)
 
     @torch.compiler.disable(recursive=False)
@@ -195,7 +197,9 @@ class MixedOp(nn.Module):
             return self(x) + x
         if not gated:
             return run(x)
+        before = input_versions((x,), {})
         output, term = run(x, shortcut=True)
+        require_unchanged(self.names[self.active], before, (x,), {})
         summed = attach_gates(self._gated_step((x,), {}), self.logits(), output, term)
         return summed + x if term is None else summed
 
@@ -213,10 +217,12 @@ class MixedOp(nn.Module):
         live = (self.logits().detach() > -torch.inf).tolist()
         total: list[Tensor] | None = None
         spec = None
-        for module, weight, alive in zip(self.candidates, weights, live, strict=True):
+        before = input_versions(args, kwargs)
+        for name, module, weight, alive in zip(self.names, self.candidates, weights, live, strict=True):
             if not alive:
                 continue
             leaves, spec = pytree.tree_flatten(module(*args, **kwargs))
+            require_unchanged(name, before, args, kwargs)
             scaled = [leaf * weight for leaf in leaves] if self.mode == "softmax" else leaves
             total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
         assert total is not None and spec is not None  # one candidate always stays

@@ -8,13 +8,13 @@ object: as long as each is the very same object, nothing was set, added, registe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ._C import has_objects, objects_of  # type: ignore[import-not-found]  # compiled
 from .candidates import has_hooks
 
 
@@ -84,7 +84,7 @@ def read_convolution(conv: Any, place: str, dilated: bool = False) -> Convolutio
         raise Unreadable(f"{place} has a bias")
     out, inputs, kernel, across = weight.shape
     square = kernel == across and kernel % 2 == 1
-    stride, padding, (apart, apart_across) = (tuple(_pair(v)) for v in (conv.stride, conv.padding, conv.dilation))
+    stride, padding, (apart, apart_across) = (_pair(v, place) for v in (conv.stride, conv.padding, conv.dilation))
     same = padding == (apart * (kernel // 2),) * 2 and conv.padding_mode == "zeros" and apart == apart_across
     if not square or not same or (apart != 1 and not dilated):
         raise Unreadable(
@@ -99,9 +99,12 @@ def read_convolution(conv: Any, place: str, dilated: bool = False) -> Convolutio
 def read_norm(norm: Any, place: str) -> nn.BatchNorm2d:
     """A plain batch norm with weights and running statistics. Raises Unreadable for anything else."""
     require_plain(norm, nn.BatchNorm2d, place)
-    tensors = [*norm._parameters.values(), *norm._buffers.values()]
-    if len(tensors) != 5 or any(t is None for t in tensors) or norm.momentum is None or not norm.track_running_stats:
-        raise Unreadable(f"{place} lacks weights, running statistics or a fixed momentum")
+    tensors = [norm._parameters.get(name) for name in ("weight", "bias")]
+    tensors += [norm._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
+    if any(t is None for t in tensors) or not norm.track_running_stats:
+        raise Unreadable(f"{place} lacks weights or running statistics")
+    if not all(isinstance(value, (int, float)) for value in (norm.momentum, norm.eps)):
+        raise Unreadable(f"{place} has momentum {norm.momentum} and eps {norm.eps}, which are no fixed numbers")
     return norm
 
 
@@ -136,13 +139,13 @@ def read_children(group: nn.Module, place: str) -> Stage:
 
 
 def common_norm(norms: Sequence[nn.BatchNorm2d]) -> Norm:
-    """The one setting of some batch norms. Raises Unreadable where they differ, or eps is below 0."""
+    """The one setting of some batch norms. Raises Unreadable where they differ, or eps is not above 0."""
     settings = {(bn.training, bn.momentum, bn.eps) for bn in norms}
     if len(settings) > 1:
         raise Unreadable("the batch norms of the block differ in mode, momentum or eps")
     training, momentum, eps = settings.pop()
-    if eps < 0:
-        raise Unreadable(f"eps is {eps}, below 0")
+    if eps <= 0:
+        raise Unreadable(f"eps is {eps}, not above 0")
     assert momentum is not None  # read_norm
     return Norm(training, momentum, eps)
 
@@ -150,8 +153,8 @@ def common_norm(norms: Sequence[nn.BatchNorm2d]) -> Norm:
 class Snapshot:
     """What was read off some modules, valid for as long as they are the very objects that it was read from."""
 
-    def __init__(self, seen: list[Any], value: Any) -> None:
-        self._seen, self._value = seen, value
+    def __init__(self, seen: tuple[Any, ...], hooked: bool, value: Any) -> None:
+        self._seen, self._hooked, self._value = seen, hooked, value
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copy of the modules is read anew
@@ -167,11 +170,11 @@ class Snapshot:
         """
         if torch.compiler.is_compiling():
             return _or_reason(read)
-        kept = module.__dict__.get("_snapshot")
-        seen: list[Any] = [torch_module._has_any_global_hook()]
-        _look(module, seen)
-        if kept is None or len(kept._seen) != len(seen) or not all(map(is_, kept._seen, seen)):
-            kept = module.__dict__["_snapshot"] = Snapshot(seen, _or_reason(read))
+        kept, hooked = module.__dict__.get("_snapshot"), torch_module._has_any_global_hook()
+        if kept is None or kept._hooked is not hooked or not has_objects(module, kept._seen):
+            # What is read is what is there now: the objects are taken before.
+            seen = objects_of(module)
+            kept = module.__dict__["_snapshot"] = Snapshot(seen, hooked, _or_reason(read))
         return kept._value
 
 
@@ -182,19 +185,9 @@ def _or_reason(read: Callable[[], Any]) -> Any:
         return reason.with_traceback(None)
 
 
-def _look(module: nn.Module, seen: list[Any]) -> None:
-    """Everything that decides what calling a module does, object by object, its children's too."""
-    state = module.__dict__
-    kind = type(module)
-    seen += (kind, kind.forward, bool(has_hooks(module)))
-    seen += [value for name, value in state.items() if name != "_snapshot"] if "_snapshot" in state else state.values()
-    seen += state["_parameters"].values()
-    seen += state["_buffers"].values()
-    for child in state["_modules"].values():
-        seen.append(child)
-        if child is not None:
-            _look(child, seen)
-
-
-def _pair(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (tuple, list)) else (value, value)
+def _pair(value: Any, place: str) -> tuple[Any, Any]:
+    """(down, across). Raises Unreadable for a list, which could be changed without a trace, or anything else."""
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+        raise Unreadable(f"{place} has {value!r}, expected an integer or a tuple of two")
+    return pair

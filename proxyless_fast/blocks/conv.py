@@ -110,11 +110,6 @@ class ConvLayer(Fusible, nn.Sequential):
             return conv_norm_act(x, weight, gamma, beta, mean, var, stride=whole, **options)
         return batch_norm_act(x, gamma, beta, mean, var, **options)
 
-    def fused(self, x: Tensor) -> tuple[bool, str]:
-        """Whether batch norm and activation run as one op: (True, ""), or (False, why not, in words)."""
-        reason, _ = self._plan(x)
-        return not reason, reason
-
     def _plan(self, x: Tensor) -> tuple[str, _Fused | None]:
         reason = "the policy is 'off'" if self.policy == "off" else why_not_now(x)
         if reason:

@@ -237,11 +237,6 @@ class MBConv(Fusible, nn.Module):
     def _options(self, plan: FusedArguments) -> dict[str, Any]:
         return dict(stride=plan.stride, activation=plan.activation, policy=self.policy, **plan.norm._asdict())
 
-    def fused(self, x: Tensor) -> tuple[bool, str]:
-        """Whether the fused op takes x: (True, ""), or (False, why not, in words)."""
-        reason, _ = self._plan(x)
-        return not reason, reason
-
     def _plan(self, x: Tensor) -> tuple[str, FusedArguments | None]:
         if self.policy == "off":
             return "the policy is 'off'", None

@@ -1,0 +1,15 @@
+// Whether a torch module is still what it was, object by object: a step asks it of a hundred blocks, and a walk in
+// Python would take longer than their kernels at small images.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace pf {
+
+// Every object that calling the module depends on: classes and their forward, attributes, parameters, buffers, hooks,
+// and those of its children. To be kept alive, so that no new object can take an old one's address.
+pybind11::tuple objects_of(pybind11::handle module);
+
+// Whether objects_of(module) would still be the very same objects.
+bool has_objects(pybind11::handle module, const pybind11::tuple& seen);
+
+}  // namespace pf
