@@ -22,6 +22,7 @@ from proxyless_fast.blocks import ConvLayer, MBConv, ResidualBlock
 from proxyless_fast.costs import cost_of
 from tests.fuzz._command import from_command_line
 from tests.fuzz.edits import EDITS, normal
+from tests.fuzz.layouts import LAYOUTS
 
 ACTS = ("relu6", "relu", "silu", "hardswish", "identity")
 # Of the largest value: what another order of summing may change. A batch norm of few values makes more of it.
@@ -108,11 +109,13 @@ def leaves(modules: tuple[nn.Module, ...]) -> dict[str, Tensor | None]:
     return found
 
 
-def passed(net: nn.Module, x: Tensor, grad: bool) -> dict[str, Tensor | None]:
-    x = x.detach().clone().requires_grad_(grad)
+def passed(net: nn.Module, x: Tensor, grad: bool, seed: int) -> dict[str, Tensor | None]:
+    draw = random.Random(seed)
+    x = draw.choice(LAYOUTS)(x.clone(), draw).detach().requires_grad_(grad)
     out = net(x)
     if out.requires_grad:
-        (out * weights_like(out)).sum().backward()
+        # The gradient of a plain sum is one number, broadcast.
+        draw.choice((out * weights_like(out), 3 * out))[..., draw.randrange(2) :].sum().backward()
     return {"output": out.detach(), "x.grad": x.grad, **leaves((net,))}
 
 
@@ -186,9 +189,8 @@ def one_block(draw: random.Random, dtype: torch.dtype, log: list[str]) -> None:
         if i:
             log.append(trio.edit(draw.randrange(2**31)))
             x = draw.choice((x, drawn_image(draw, channels, dtype)))
-        grad = draw.random() < 0.8
-        images = (x, x, x.double())
-        found = [outcome(passed, net, image, grad) for net, image in zip(nets, images, strict=True)]
+        grad, seed, images = draw.random() < 0.8, draw.randrange(2**31), (x, x, x.double())
+        found = [outcome(passed, net, image, grad, seed) for net, image in zip(nets, images, strict=True)]
         compare(found, dtype)
         if any(isinstance(result, Exception) for result in found):
             return

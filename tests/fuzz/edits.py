@@ -311,8 +311,9 @@ def norm_tensor(group, draw):
         new = normal(draw, old).abs() + 0.5
         setattr(group.bn, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     elif old is not None and old.dim():
-        spread = torch.stack([old.detach(), old.detach() + 1], 1)[:, 0]
-        setattr(group.bn, name, nn.Parameter(spread) if isinstance(old, nn.Parameter) else spread)
+        # Not with steps between its values: torch's own batch norm reads such a weight wrongly on channels-last images.
+        part = torch.stack([old.detach() + 1, old.detach()])[1]
+        setattr(group.bn, name, nn.Parameter(part) if isinstance(old, nn.Parameter) else part)
 
 
 def mode(block, draw):

@@ -29,13 +29,18 @@ inline at::Tensor required_statistics(const char* op, const char* name, const at
   return t.contiguous();
 }
 
-// Mean and variance of one norm, read or moved: vectors of n values of any floating type, none of them twice in memory.
+// Mean or variance of one norm: vectors of n values of float32 or float64.
 inline void require_running(const char* op, size_t i, const at::Tensor& t, int64_t n) {
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.dim() == 1 && t.size(0) == n, op, ": running[", i, "] must have shape (",
                     n, ",) and be on the CPU, got ", t.sizes(), " on ", t.device());
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": running[", i,
                     "] must be float32 or float64, got ", t.scalar_type());
-  TORCH_CHECK_VALUE(n < 2 || t.stride(0) != 0, op, ": running[", i, "] must hold values of its own, got one expanded");
+}
+
+// Where it is moved, each value must have its place in memory.
+inline void require_own_values(const char* op, size_t i, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.numel() < 2 || t.stride(0) != 0, op, ": running[", i,
+                    "] must hold values of its own, got one expanded");
 }
 
 }  // namespace pf

@@ -181,6 +181,7 @@ void update_running(const Tensor& statistics, at::TensorList running, int64_t pi
   int64_t n = 0;
   for (size_t i = 0; i < running.size(); ++i) {
     require_running("update_running", i, running[i], running[i / 2 * 2].numel());
+    require_own_values("update_running", i, running[i]);
     n += running[i].numel();
   }
   const Tensor in_use = required_statistics("update_running", "statistics", statistics, n);
@@ -227,6 +228,7 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
         own = running.slice(at_running, norms);
         at_running += norms;
         check_running("mbconv_probe", a, own);
+        for (size_t i = 0; training && i < norms; ++i) require_own_values("mbconv_probe", i, own[i]);
       }
       FoldedMBConv<scalar_t> block(a);
       const auto& f = block.f;

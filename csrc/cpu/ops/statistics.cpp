@@ -60,15 +60,18 @@ Tensor gate_dot(const Tensor& a, const Tensor& b) {
 
 template <typename T>
 cpu::Pixels<T> as_pixels(const Tensor& x) {
-  // The two pixel dimensions must be one walk through memory: true for contiguous and channels_last tensors.
-  return {x.const_data_ptr<T>(), x.size(0), x.size(2) * x.size(3), x.size(1), x.stride(0), x.stride(3), x.stride(1)};
+  // The two pixel dimensions must be one walk through memory: true for contiguous and channels_last tensors. The stride
+  // of a dimension of size 1 may be anything.
+  const int64_t step = x.size(3) > 1 ? x.stride(3) : x.stride(2);
+  return {x.const_data_ptr<T>(), x.size(0), x.size(2) * x.size(3), x.size(1), x.stride(0), step, x.stride(1)};
 }
 
 std::tuple<Tensor, Tensor> gram(const Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() == 4, "gram: x must have shape (batch, channels, height, width), got ", input.sizes());
   TORCH_CHECK_VALUE(is_real(input), "gram: x must be float32 or float64, got ", input.scalar_type());
   TORCH_CHECK_VALUE(input.numel() > 0, "gram: x must not be empty, got shape ", input.sizes());
-  const bool one_walk = input.size(2) == 1 || input.stride(2) == input.stride(3) * input.size(3);
+  const bool line = input.size(2) == 1 || input.size(3) == 1;
+  const bool one_walk = line || input.stride(2) == input.stride(3) * input.size(3);
   const Tensor x = one_walk ? input : input.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t c = x.size(1), rows = x.size(0) * x.size(2) * x.size(3);
   const int64_t chunks = std::min(gram_chunks, (rows + 255) / 256), chunk = (rows + chunks - 1) / chunks;
