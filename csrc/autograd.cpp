@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "given.h"
+
 namespace pf {
 namespace {
 
@@ -207,24 +209,37 @@ struct ConvNormActFunction : Function<ConvNormActFunction> {
 };
 
 TwoTensors gram(const Tensor& x) {
+  require_given("gram", "x", x);
   auto r = GramFunction::apply(x);
   return {r[0], r[1]};
 }
-Tensor gate_dot(const Tensor& a, const Tensor& b) { return GateDotFunction::apply(a, b); }
+Tensor gate_dot(const Tensor& a, const Tensor& b) {
+  require_given("gate_dot", "a", a);
+  require_given("gate_dot", "b", b);
+  return GateDotFunction::apply(a, b);
+}
 FourTensors mbconv(const Tensor& x, at::TensorList params, at::TensorList running, const OptionalTensor& mean,
                    const OptionalTensor& cov, int64_t stride, std::string_view activation, bool training, double eps,
                    int64_t keep, bool shortcut) {
+  require_given("mbconv", "x", x);
   auto r = MBConvFunction::apply(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut);
   return {r[0], r[1], r[2], r[3]};
 }
 TwoTensors batch_norm_act(const Tensor& x, const Tensor& weight, const Tensor& bias, at::TensorList running,
                           std::string_view activation, bool training, double eps) {
+  require_given("batch_norm_act", "x", x);
+  require_given("batch_norm_act", "weight", weight);
+  require_given("batch_norm_act", "bias", bias);
   auto r = BatchNormActFunction::apply(x, weight, bias, running, activation, training, eps);
   return {r[0], r[1]};
 }
 FourTensors conv_norm_act(const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                           at::TensorList running, int64_t stride, std::string_view activation, bool training,
                           double eps) {
+  require_given("conv_norm_act", "x", x);
+  require_given("conv_norm_act", "weight", weight);
+  require_given("conv_norm_act", "gamma", gamma);
+  require_given("conv_norm_act", "beta", beta);
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && x.requires_grad()),
                     "conv_norm_act: x must not need a gradient; a convolution inside a net runs as torch's own");
   auto r = ConvNormActFunction::apply(x, weight, gamma, beta, running, stride, activation, training, eps);

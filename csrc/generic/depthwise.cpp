@@ -14,24 +14,27 @@ using at::Tensor;
 namespace {
 
 void check_per_channel(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x) {
-  TORCH_CHECK_VALUE(t.sizes() == shape && t.scalar_type() == accumulate_type(x) && t.device() == x.device(), op, ": ",
-                    name, " must be ", accumulate_type(x), " of shape ", shape, " on ", x.device(), ", got ",
-                    t.scalar_type(), " of shape ", t.sizes(), " on ", t.device());
+  TORCH_CHECK_VALUE(t.sizes() == shape && t.scalar_type() == accumulate_type(x) && dense_on(t, x), op, ": ", name,
+                    " must be ", accumulate_type(x), " of shape ", shape, " on ", x.device(), ", got ", t.scalar_type(),
+                    " of shape ", t.sizes(), " on ", t.device(), ", ", t.layout());
 }
 
 }  // namespace
 
 DepthwiseShape check_depthwise(const char* op, const DepthwiseInput& in) {
   const Tensor &x = in.x, &w = in.weight;
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op,
-                    ": x must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
+  require_given(op, "x", x);
+  require_given(op, "weight", w);
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0 && x.layout() == at::kStrided, op,
+                    ": x must have shape (batch, channels, height, width), be dense and not be empty, got a ",
+                    x.layout(), " tensor of shape ", x.sizes());
   const auto type = x.scalar_type();
   TORCH_CHECK_VALUE(type == at::kHalf || type == at::kBFloat16 || type == at::kFloat || type == at::kDouble, op,
                     ": x must be float16, bfloat16, float32 or float64, got ", type);
   TORCH_CHECK_VALUE(w.dim() == 4 && w.size(0) == x.size(1) && w.size(1) == 1 && w.size(2) == w.size(3) &&
-                        w.size(2) % 2 == 1 && w.device() == x.device(),
-                    op, ": weight must have shape (", x.size(1), ", 1, k, k) with odd k on ", x.device(), ", got ",
-                    w.sizes(), " on ", w.device());
+                        w.size(2) % 2 == 1 && dense_on(w, x),
+                    op, ": weight must have shape (", x.size(1), ", 1, k, k) with odd k, be dense and on ", x.device(),
+                    ", got a ", w.layout(), " tensor of shape ", w.sizes(), " on ", w.device());
   TORCH_CHECK_VALUE(w.scalar_type() == type || w.scalar_type() == accumulate_type(x), op, ": weight must be ", type,
                     " as x is, or ", accumulate_type(x), ", got ", w.scalar_type());
   TORCH_CHECK_VALUE(in.stride == 1 || in.stride == 2, op, ": stride must be 1 or 2, got ", in.stride);
@@ -48,10 +51,11 @@ DepthwiseShape check_depthwise_gradient(const char* op, const DepthwiseInput& in
   const auto shape = check_depthwise(op, in);
   const std::array<int64_t, 4> out = {shape.batch, shape.channels, shape.out_height(), shape.out_width()};
   const auto check = [&](const char* name, const Tensor& t) {
-    TORCH_CHECK_VALUE(
-        t.sizes() == at::IntArrayRef(out) && t.scalar_type() == in.x.scalar_type() && t.device() == in.x.device(), op,
-        ": ", name, " must be ", in.x.scalar_type(), " of shape ", at::IntArrayRef(out), " on ", in.x.device(),
-        ", got ", t.scalar_type(), " of shape ", t.sizes(), " on ", t.device());
+    require_given(op, name, t);
+    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(out) && t.scalar_type() == in.x.scalar_type() && dense_on(t, in.x),
+                      op, ": ", name, " must be ", in.x.scalar_type(), " of shape ", at::IntArrayRef(out), " on ",
+                      in.x.device(), ", got ", t.scalar_type(), " of shape ", t.sizes(), " on ", t.device(), ", ",
+                      t.layout());
   };
   check("dz", gradient.dz);
   TORCH_CHECK_VALUE(gradient.d.has_value() == gradient.affine.has_value(), op,

@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "given.h"
+
 namespace pf {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -31,6 +33,10 @@ struct DepthwiseGradient {
 // float64 for float64, else float32: the type of sums and of everything per channel.
 inline at::ScalarType accumulate_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline bool dense_on(const at::Tensor& t, const at::Tensor& x) {
+  return t.layout() == at::kStrided && t.device() == x.device();
 }
 
 // Both raise ValueError naming the op and the argument.

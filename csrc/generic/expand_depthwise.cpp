@@ -24,17 +24,21 @@ Tensor like_e(const ExpandInput& in) {
 
 void check_own(const char* op, const ExpandInput& in) {
   const Tensor &x = in.x, &w1 = in.w1, &norm = in.norm1;
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, op,
-                    ": x must have shape (batch, channels, height, width) and not be empty, got ", x.sizes());
+  require_given(op, "x", x);
+  require_given(op, "w1", w1);
+  require_given(op, "norm1", norm);
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0 && x.layout() == at::kStrided, op,
+                    ": x must have shape (batch, channels, height, width), be dense and not be empty, got a ",
+                    x.layout(), " tensor of shape ", x.sizes());
   TORCH_CHECK_VALUE(w1.dim() == 2 && w1.size(0) > 0 && w1.size(1) == x.size(1) && w1.scalar_type() == x.scalar_type() &&
-                        w1.device() == x.device(),
+                        dense_on(w1, x),
                     op, ": w1 must be ", x.scalar_type(), " of shape (channels, ", x.size(1), ") on ", x.device(),
-                    ", got ", w1.scalar_type(), " of shape ", w1.sizes(), " on ", w1.device());
+                    ", got ", w1.scalar_type(), " of shape ", w1.sizes(), " on ", w1.device(), ", ", w1.layout());
   const std::array<int64_t, 2> rows = {4, w1.size(0)};
   TORCH_CHECK_VALUE(
-      norm.sizes() == at::IntArrayRef(rows) && norm.scalar_type() == accumulate_type(x) && norm.device() == x.device(),
-      op, ": norm1 must be ", accumulate_type(x), " of shape ", at::IntArrayRef(rows), " on ", x.device(), ", got ",
-      norm.scalar_type(), " of shape ", norm.sizes(), " on ", norm.device());
+      norm.sizes() == at::IntArrayRef(rows) && norm.scalar_type() == accumulate_type(x) && dense_on(norm, x), op,
+      ": norm1 must be ", accumulate_type(x), " of shape ", at::IntArrayRef(rows), " on ", x.device(), ", got ",
+      norm.scalar_type(), " of shape ", norm.sizes(), " on ", norm.device(), ", ", norm.layout());
   check_activation(op, in.activation);
 }
 

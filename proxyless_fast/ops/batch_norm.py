@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from . import gpu
 from .activation import ACTIVATIONS
+from .fake import fake
 
 
 def batch_norm_act_reference(
@@ -84,18 +85,18 @@ def can_run_batch_norm_act(x: Tensor, weight: Tensor, *, activation: str = "relu
     return True, ""
 
 
-@torch.library.register_fake("proxyless_fast::batch_norm_act")
+@fake("batch_norm_act")
 def _(x, weight, bias, running, activation, training, eps):
     out = torch.empty_like(x, memory_format=torch.channels_last)
     return out, x.new_empty(2 * x.shape[1], dtype=torch.float64)
 
 
-@torch.library.register_fake("proxyless_fast::norm_dot")
+@fake("norm_dot")
 def _(grad, y, statistics, gamma, beta, eps):
     return y.new_empty((), dtype=torch.promote_types(y.dtype, torch.float32))
 
 
-@torch.library.register_fake("proxyless_fast::batch_norm_act_backward")
+@fake("batch_norm_act_backward")
 def _(grad, x, weight, bias, statistics, activation, training, eps):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     return dx, torch.empty_like(weight), torch.empty_like(bias)

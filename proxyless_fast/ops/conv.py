@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch_norm import batch_norm_act_reference, can_run_batch_norm_act
+from .fake import fake
 
 MOST_INPUTS = 64  # of one output value: beyond, the windows' covariance costs more than it saves
 
@@ -75,7 +76,7 @@ def can_run_conv_norm_act(x: Tensor, weight: Tensor, *, activation: str = "relu6
     return can_run_batch_norm_act(x, weight, activation=activation)
 
 
-@torch.library.register_fake("proxyless_fast::conv_norm_act")
+@fake("conv_norm_act")
 def _(x, weight, gamma, beta, running, stride, activation, training, eps):
     batch, _, height, width = x.shape
     out = x.new_empty((batch, weight.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1))
@@ -85,7 +86,7 @@ def _(x, weight, gamma, beta, running, stride, activation, training, eps):
     return out.to(memory_format=torch.channels_last), statistics, mean, x.new_empty((len(mean), n), **doubles)
 
 
-@torch.library.register_fake("proxyless_fast::conv_norm_act_backward")
+@fake("conv_norm_act_backward")
 def _(grad, x, weight, gamma, beta, statistics, mean, cov, stride, activation, training, eps):
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return dweight, torch.empty_like(gamma), torch.empty_like(beta)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .activation import ACTIVATIONS
+from .fake import fake
 
 
 def _accumulate(x: Tensor) -> torch.dtype:
@@ -208,36 +209,36 @@ def _channels_last(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("proxyless_fast::depthwise_forward")
+@fake("depthwise_forward")
 def _(x, weight, scale, shift, stride):
     b, c, h, w = x.shape
     d = _channels_last(x, b, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
     return d, x.new_empty(c, dtype=_accumulate(x)), x.new_empty(c, dtype=_accumulate(x))
 
 
-@torch.library.register_fake("proxyless_fast::depthwise_backward")
+@fake("depthwise_backward")
 def _(dz, d, affine, x, scale, shift, weight, stride, mask):
     return _channels_last(x, *x.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("proxyless_fast::depthwise_backward_input")
+@fake("depthwise_backward_input")
 def _(dz, d, affine, x, scale, shift, weight, stride, mask):
     return _channels_last(x, *x.shape)
 
 
-@torch.library.register_fake("proxyless_fast::depthwise_backward_weight")
+@fake("depthwise_backward_weight")
 def _(dz, d, affine, x, scale, shift, weight, stride):
     return weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("proxyless_fast::expand_depthwise_forward")
+@fake("expand_depthwise_forward")
 def _(x, w1, norm1, weight, stride, activation):
     (b, _, h, w), c = x.shape, w1.shape[0]
     d = _channels_last(x, b, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
     return d, x.new_empty(c, dtype=_accumulate(x)), x.new_empty(c, dtype=_accumulate(x))
 
 
-@torch.library.register_fake("proxyless_fast::expand_depthwise_backward")
+@fake("expand_depthwise_backward")
 def _(dz, d, affine, x, w1, norm1, weight, stride, activation):
     return _channels_last(x, x.shape[0], w1.shape[0], *x.shape[2:]), weight.new_empty(weight.shape)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .._deprecated import callable_module
 from . import gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
 from .activation import ACTIVATIONS
+from .fake import fake
 from .statistics import gram as gram_of
 
 _KEEP = {"lean": 1, "fast": 2}
@@ -208,7 +209,7 @@ def _statistics(x: Tensor, gram: tuple[Tensor, Tensor] | None, needed: bool) -> 
     return mean.detach(), cov.detach()
 
 
-@torch.library.register_fake("proxyless_fast::mbconv")
+@fake("mbconv")
 def _(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut=False):
     batch, _, height, width = x.shape
     depthwise, project = params[-6], params[-3]
@@ -226,18 +227,18 @@ def _(x, params, running, mean, cov, stride, activation, training, eps, keep, sh
     return out, y, d, x.new_empty(2 * norms, dtype=torch.float64)
 
 
-@torch.library.register_fake("proxyless_fast::mbconv_backward")
+@fake("mbconv_backward")
 def _(grad, x, y, d, statistics, params, mean, cov, stride, activation, training, eps, input, weights, shortcut=False):
     dx = x.new_empty(x.shape).to(memory_format=torch.channels_last) if input else x.new_empty(0)
     return dx, [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if weights else []
 
 
-@torch.library.register_fake("proxyless_fast::mbconv_probe")
+@fake("mbconv_probe")
 def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, momentum, eps):
     return x.new_empty(len(sizes), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.register_fake("proxyless_fast::update_running")
+@fake("update_running")
 def _(statistics, running, pixels_in, pixels_out, momentum):
     return None
 

@@ -6,6 +6,8 @@ Each has a plain-torch reference (`*_reference`), the registered op and a fake k
 import torch
 from torch import Tensor
 
+from .fake import fake
+
 
 def gram_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased covariance over the pixels of x (B, C, H, W): (C,), (C, C). DESIGN: BN1 from a Gram matrix."""
@@ -39,14 +41,16 @@ def gate_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.proxyless_fast.gate_dot(a, b)
 
 
-@torch.library.register_fake("proxyless_fast::gram")
+@fake("gram")
 def _(x):
     channels, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(channels, dtype=dtype), x.new_empty(channels, channels, dtype=dtype)
 
 
-@torch.library.register_fake("proxyless_fast::gate_dot")
+@fake("gate_dot")
 def _(a, b):
+    if a.shape != b.shape:
+        raise ValueError(f"gate_dot: a and b must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     return a.new_empty(())
 
 

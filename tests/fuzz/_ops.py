@@ -80,7 +80,7 @@ def outputs_of(op: str, arguments: Arguments) -> list[Tensor]:
     """Every tensor that the op returns, and the running statistics that it moved."""
     given = dict(arguments)
     if op in MOVES:
-        given["running"] = [t.clone() for t in given["running"]]
+        given["running"] = [t.clone() if isinstance(t, Tensor) else t for t in given["running"]]
     found = getattr(NATIVE, op)(**given)
     flat: list[Tensor] = []
     for item in found if isinstance(found, (tuple, list)) else [found]:

@@ -100,8 +100,7 @@ std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& wei
   const int64_t channels = x.size(1), rows = x.numel() / channels;
   TORCH_CHECK_VALUE(!training || rows > 1,
                     "batch_norm_act: training needs more than one value per channel, got x of shape ", x.sizes());
-  TORCH_CHECK_VALUE(training || running.size() == 2, "batch_norm_act: running must hold a mean and a variance, got ",
-                    running.size(), " tensors");
+  require_moments("batch_norm_act", running, channels, !training);
   Tensor out = large_empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
   Tensor statistics = at::empty({2 * channels}, at::TensorOptions().dtype(at::kDouble));
   auto* p_statistics = statistics.mutable_data_ptr<double>();
@@ -111,7 +110,6 @@ std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& wei
     if (training) {
       batch_moments(p, rows, channels, p_statistics);
     } else {
-      for (size_t i = 0; i < 2; ++i) require_running("batch_norm_act", i, running[i], channels);
       statistics.slice(0, 0, channels).copy_(running[0]);
       statistics.slice(0, channels).copy_(running[1]);
     }

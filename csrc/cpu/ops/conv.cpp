@@ -29,6 +29,7 @@ size_t index(int64_t i) { return static_cast<size_t>(i); }
 void check_conv(const char* op, const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                 int64_t stride, std::string_view activation, double eps) {
   require_real_image(op, "x", x);
+  require_given(op, "weight", weight);
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == x.size(1) &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
                         weight.scalar_type() == x.scalar_type(),
@@ -148,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_act(const Tensor& x, const 
                                                          std::string_view activation, bool training, double eps) {
   check_conv("conv_norm_act", x, weight, gamma, beta, stride, activation, eps);
   const int64_t co = weight.size(0), n = weight.numel() / co;
+  require_moments("conv_norm_act", running, co, !training);
   const auto doubles = at::TensorOptions().dtype(at::kDouble);
   Tensor out, statistics = at::empty({2 * co}, doubles), mean = at::empty({training ? n : 0}, doubles),
               cov = at::empty({training ? n : 0, n}, doubles);
@@ -174,9 +176,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_act(const Tensor& x, const 
       }
       conv.set_center({m, m + n});
     } else {
-      TORCH_CHECK_VALUE(running.size() == 2, "conv_norm_act: running must hold a mean and a variance, got ",
-                        running.size(), " tensors");
-      for (size_t i = 0; i < 2; ++i) require_running("conv_norm_act", i, running[i], co);
       statistics.slice(0, 0, co).copy_(running[0]);
       statistics.slice(0, co).copy_(running[1]);
       conv.set_center(near_mean(conv));

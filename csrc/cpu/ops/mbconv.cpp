@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorLis
                                                   double eps, int64_t keep, bool shortcut) {
   const MBConvInputs a =
       check_mbconv("mbconv", x, params, {mean, cov, true}, stride, std::string(activation), training, eps);
-  if (!training) check_running("mbconv", a, running);
+  if (!training || !running.empty()) check_running("mbconv", a, running);
   check_shortcut("mbconv", a, shortcut);
   TORCH_CHECK_VALUE(keep >= 0 && keep <= 2, "mbconv: keep must be 0 (nothing), 1 (y) or 2 (y and d), got ", keep);
   Tensor out, y = empty_like_x(a), d = empty_like_x(a), statistics;

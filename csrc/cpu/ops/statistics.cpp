@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/ops/checks.h"
 #include "cpu/ops/memory.h"
 #include "cpu/ops/parallel.h"
 
@@ -30,6 +31,8 @@ constexpr int64_t dot_chunk = 1 << 16;
 constexpr int64_t gram_chunks = 64;
 
 Tensor gate_dot(const Tensor& a, const Tensor& b) {
+  require_given("gate_dot", "a", a);
+  require_given("gate_dot", "b", b);
   TORCH_CHECK_VALUE(a.sizes() == b.sizes(), "gate_dot: a and b must have the same shape, got ", a.sizes(), " and ",
                     b.sizes());
   TORCH_CHECK_VALUE(is_real(a) && a.scalar_type() == b.scalar_type(),
@@ -67,9 +70,7 @@ cpu::Pixels<T> as_pixels(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> gram(const Tensor& input) {
-  TORCH_CHECK_VALUE(input.dim() == 4, "gram: x must have shape (batch, channels, height, width), got ", input.sizes());
-  TORCH_CHECK_VALUE(is_real(input), "gram: x must be float32 or float64, got ", input.scalar_type());
-  TORCH_CHECK_VALUE(input.numel() > 0, "gram: x must not be empty, got shape ", input.sizes());
+  require_real_image("gram", "x", input);
   const bool line = input.size(2) == 1 || input.size(3) == 1;
   const bool one_walk = line || input.stride(2) == input.stride(3) * input.size(3);
   const Tensor x = one_walk ? input : input.contiguous(at::MemoryFormat::ChannelsLast);
