@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+# What runs a net as it is, by type: of torch._dynamo even the import takes seconds.
+_WRAPPERS = {
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+}
+
 
 def is_integer(value: Any, least: int) -> bool:
     """Whether value is an integer of at least `least`; True and False are none."""
@@ -15,3 +25,16 @@ def check_positive(**values: Any) -> None:
     for name, value in values.items():
         if not is_integer(value, 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The net inside DataParallel, DistributedDataParallel, AveragedModel and what torch.compile returns, else itself.
+
+    Only torch's own types, exactly: a subclass, or a user's module that has a `module`, may compute something else.
+    Raises ValueError for a wrapper with hooks, which the net inside would not run.
+    """
+    while (name := _WRAPPERS.get(f"{type(net).__module__}.{type(net).__qualname__}")) is not None:
+        if net._forward_hooks or net._forward_pre_hooks:
+            raise ValueError(f"net is a {type(net).__name__} with hooks of its own: give the net inside, its .{name}")
+        net = net._modules[name]  # type: ignore[assignment]
+    return net

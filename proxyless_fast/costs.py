@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from .checks import unwrapped
+
 
 @dataclass(frozen=True)
 class OpShape:
@@ -121,9 +123,13 @@ def describe_layers(net: nn.Module) -> list[Layer]:
 
     Raises ValueError for a net that cannot tell its layers.
     """
+    net = unwrapped(net)
     describe: Callable[[], list[Layer]] | None = getattr(net, "layers", None)
-    if describe is None:
-        raise ValueError(f"net must be one of proxyless_fast.spaces or derived from one, got {type(net).__name__}")
+    if not callable(describe):
+        inside = "; give its .module" if isinstance(getattr(net, "module", None), nn.Module) else ""
+        raise ValueError(
+            f"net must be one of proxyless_fast.spaces or derived from one, got {type(net).__name__}{inside}"
+        )
     return describe()
 
 

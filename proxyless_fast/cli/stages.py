@@ -11,6 +11,7 @@ from .. import data
 from .. import export as exports
 from ..costs import count_macs, count_parameters
 from ..io.state import load_state
+from ..io.text import plain
 from ..latency import ExpectedLatency, LatencyTable, measure
 from ..latency import profile as profile_net
 from ..report import describe_blocks
@@ -127,6 +128,7 @@ def derive(run: Run, args: Namespace) -> None:
         figures["predicted"] = None if latency is None else latency.of_choices(choices)
         figures["blocks"] = describe_blocks(net, choices)
         net = derive_net(net, choices)
+        exports.describe(net, **_description(run.report().get("data", {})))
         figures |= {"parameters": count_parameters(net), "macs": count_macs(net)}
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
@@ -144,6 +146,8 @@ def train(run: Run, args: Namespace) -> None:
         torch.manual_seed(data_settings["seed"])
         net = _prepare(_load_derived(run, weights=not scratch), args)
         train_net(net, splits.train, config, log=run.folder / "train.jsonl")
+        exports.describe(net, **_description(data_settings))
+        exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
         figures |= {**config.to_dict(), "from_scratch": scratch, "files": [run.weights.name, "train.jsonl"]}
 
@@ -200,7 +204,22 @@ def _load_splits(
     splits = data.loaders(settings["name"], resolution=resolution, workers=args.workers, **options)
     if isinstance(splits.train, data.memory.MemoryLoader):
         splits.train.shift = settings["shift"]
-    return splits, settings
+    classes = list(splits.classes)
+    if stored.get("classes", classes) != classes:
+        raise ValueError(
+            f"--data: {settings['name']} has other classes than the run was started with, expected "
+            f"{_listed(stored['classes'])}, got {_listed(classes)}"
+        )
+    return splits, {**settings, "classes": classes, "preprocessing": splits.preprocessing}
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(plain(name) for name in names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def _description(data_settings: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings of a run's data, what the nets of the run are described by; runs of older versions have none."""
+    return {key: data_settings.get(key) for key in ("classes", "preprocessing")}
 
 
 def _resolution(run: Run) -> int | None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..candidates import has_hooks
 
-# Where an activation keeps its memory does not change what it computes.
+# What a block keeps for backward, and the mode of its norms, are not what a net is.
+_APART = {"training", "policy"}
 _IN_PLACE = re.compile(r",? ?inplace=(True|False)")
 
 
@@ -24,10 +25,11 @@ def require_same(net: nn.Module, build: Callable[[], nn.Module], what: str) -> N
     own, theirs = dict(net.named_modules()), dict(again.named_modules())
     for place in [*own, *(name for name in theirs if name not in own)]:
         mine, other = own.get(place), theirs.get(place)
-        if mine is None or other is None or _says(mine) != _says(other):
+        odd = "" if mine is None or other is None else _differing(mine, other)
+        if mine is None or type(mine) is not type(other) or odd:
             raise ValueError(
-                f"{place or 'the net'} is {_shown(mine)}, and {what} can only say {_shown(other)}: what is read back "
-                "would compute something else"
+                f"{place or 'the net'} is {_shown(mine, odd)}, and {what} can only say {_shown(other, odd)}: "
+                "what is read back would compute something else"
             )
         if has_hooks(mine) or "forward" in mine.__dict__:
             raise ValueError(f"{place or 'the net'} has hooks or a forward of its own, which {what} cannot say")
@@ -37,12 +39,27 @@ def require_same(net: nn.Module, build: Callable[[], nn.Module], what: str) -> N
             raise ValueError(f"{name} has shape {shapes.get(name)}, and {what} can only say {wanted.get(name)}")
 
 
-def _says(module: nn.Module) -> tuple[type, str]:
-    return type(module), _IN_PLACE.sub("", module.extra_repr())
+def _differing(mine: nn.Module, other: nn.Module) -> str:
+    """The first plain attribute of the module built again that `mine` has with another value; empty if none.
+
+    Not what modules print, which leaves some out: of an average pooling what it divides by, of a block its shortcut.
+    """
+    if type(mine) is not type(other):
+        return ""
+    own = vars(mine)
+    for name, value in vars(other).items():
+        if name[0] == "_" or name in _APART or own.get(name) == value:
+            continue
+        # A module built to write over its input may as well not; the other way, it writes over what others read.
+        if name != "inplace" or own.get(name) is not False:
+            return name
+    return ""
 
 
-def _shown(module: nn.Module | None) -> str:
+def _shown(module: nn.Module | None, attribute: str) -> str:
+    """A module in words: as it prints, and the attribute by which it was told apart."""
     if module is None:
         return "nothing"
-    text = _says(module)[1]
-    return f"{type(module).__name__}({text})" if text else type(module).__name__
+    text = _IN_PLACE.sub("", module.extra_repr())
+    shown = f"{type(module).__name__}({text})" if text else type(module).__name__
+    return f"{shown} with {attribute} {getattr(module, attribute, None)!r}" if attribute else shown

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, Zero
-from ..checks import check_positive
+from ..checks import check_positive, unwrapped
 from ..io import documents
 from ..io.schemas import OfficialConfig, check
 from ..io.schemas.official_config import Block, Conv, IdentityLayer, ZeroLayer
@@ -27,8 +27,10 @@ _PLAIN = {"dropout_rate": 0, "ops_order": "weight_bn_act"}
 def official(net: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The official net.config (a dict, ready for JSON) of a derived chain net, and its state dict, on the CPU.
 
+    The format has no place for classes and preprocessing: `description(net)` tells them.
     Raises ValueError for another net, a net that still holds mixed ops, or a module that the format does not have.
     """
+    net = unwrapped(net)
     if not isinstance(net, ChainNet):
         raise ValueError(f"net must be a derived ChainNet to have an official config, got {type(net).__name__}")
     blocks, width = [], net.first_conv.out_channels

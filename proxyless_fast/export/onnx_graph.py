@@ -6,6 +6,9 @@ come from here. Modules of other types go through torch's exporter.
 
 from __future__ import annotations
 
+import copy
+import inspect
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,10 +20,15 @@ from torch import Tensor, nn
 
 from ..blocks import ConvLayer, DepthConv, Identity, LinearLayer, MBConv, Pool, ReluConv, ResidualBlock, Zero
 from ..candidates import has_hooks
+from ..io.text import said
 from ..spaces.cell_net import EDGES, Cell, CellNet, Reduction
 from ..spaces.chain_net import ChainNet
 
-OPSET, IR_VERSION = 20, 10
+log = logging.getLogger(__name__)
+
+# The oldest that can say every block of ours, which runtimes on devices still read; converters bring it to newer ones.
+OPSET, IR_VERSION = 11, 6
+TRACED_OPSET = 18  # the oldest that torch's exporter writes by itself
 
 
 class Unsupported(TypeError):
@@ -72,13 +80,14 @@ class OnnxGraph:
 def build(module: nn.Module, input_shape: Sequence[int], dynamic_batch: bool = False) -> onnx.ModelProto:
     """The ONNX model of a module in evaluation, float32, one input (B, C, H, W) called `input`, one output `output`.
 
-    input_shape: (C, H, W). The batch is 1, or the symbol `batch`. Modules this builder does not know are traced by
-    torch's exporter, which raises its own errors where that cannot be done.
+    input_shape: (C, H, W). The batch is 1, or the symbol `batch`. A net with modules this builder does not know is
+    traced by torch's exporter, in its own opset. Raises ValueError where that cannot be done.
     """
     graph = OnnxGraph()
     try:
         output = emit(module, graph, "input")
-    except Unsupported:
+    except Unsupported as reason:
+        log.warning("%s: torch's exporter writes the net, in opset %d", reason, TRACED_OPSET)
         return _trace(module, input_shape, dynamic_batch)
     return graph.model(["batch" if dynamic_batch else 1, *input_shape], output)
 
@@ -96,19 +105,45 @@ def input_shape_of(net: nn.Module, given: Sequence[int] | None = None) -> tuple[
     return channels, height, width
 
 
+def plain_copy(net: nn.Module) -> nn.Module:
+    """What is written: a copy of the net on the CPU, in float32 and in evaluation."""
+    return copy.deepcopy(net).cpu().float().eval()
+
+
+def example_output(net: nn.Module, input_shape: Sequence[int], batch: int = 1) -> tuple[Tensor, Tensor]:
+    """A random input (batch, *input_shape) and what the plain net makes of it, a tensor.
+
+    Raises ValueError for a net that does not take one such input, or gives something else than one tensor.
+    """
+    x = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(batch))
+    parameters = inspect.signature(net.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = [p.name for p in parameters if p.default is p.empty and (p.kind in kinds or p.kind is p.KEYWORD_ONLY)]
+    if len(wanted) > 1:
+        raise ValueError(f"net must take one input, and the forward of {type(net).__name__} takes {', '.join(wanted)}")
+    try:
+        with torch.no_grad():
+            output = net(x)
+    except Exception as error:  # what a net of a user raises
+        raise ValueError(f"net does not take an input of shape {tuple(x.shape)}: {said(error)}") from error
+    if not isinstance(output, Tensor):
+        raise ValueError(f"net must give one tensor, got a {type(output).__name__} from {type(net).__name__}")
+    return x, output
+
+
 def _trace(module: nn.Module, input_shape: Sequence[int], dynamic_batch: bool) -> onnx.ModelProto:
-    parameter = next(module.parameters(), torch.empty(0))
+    module = plain_copy(module)
     # a traced size of 1 would be taken for a constant
-    example = torch.zeros(2 if dynamic_batch else 1, *input_shape, device=parameter.device)
+    example, _ = example_output(module, input_shape, 2 if dynamic_batch else 1)
     dynamic_shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
-    training = module.training
     try:
         program = torch.onnx.export(
-            module.eval(), (example,), dynamo=True, verbose=False, opset_version=OPSET,
+            module, (example,), dynamo=True, verbose=False, opset_version=TRACED_OPSET,
             input_names=["input"], output_names=["output"], dynamic_shapes=dynamic_shapes,
         )  # fmt: skip
-    finally:
-        module.train(training)
+    except Exception as error:  # torch's exporter has many of its own, each around what was wrong
+        reason = said(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        raise ValueError(f"torch cannot write {type(module).__name__} as ONNX: {reason}") from error
     assert program is not None
     return program.model_proto
 
@@ -194,7 +229,7 @@ def _(module: nn.BatchNorm2d, graph: OnnxGraph, x: str, name: str = "") -> str:
 
 @writes(nn.ReLU6)
 def _(module: nn.ReLU6, graph: OnnxGraph, x: str, name: str = "") -> str:
-    low, high = (graph.constant(f"bound_{v:g}", float(v)) for v in (module.min_val, module.max_val))
+    low, high = (graph.constant(f"bound_{float(v)!r}", float(v)) for v in (module.min_val, module.max_val))
     return graph.node("Clip", x, low, high)
 
 
@@ -253,7 +288,7 @@ def _(module: nn.SiLU, graph: OnnxGraph, x: str, name: str = "") -> str:
 
 @writes(nn.Hardswish)
 def _(module: nn.Hardswish, graph: OnnxGraph, x: str, name: str = "") -> str:
-    return graph.node("HardSwish", x)
+    return graph.node("Mul", x, graph.node("HardSigmoid", x, alpha=1 / 6, beta=0.5))  # HardSwish came with opset 14
 
 
 @writes(Zero)

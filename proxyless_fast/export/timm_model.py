@@ -8,15 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import MBConv, ResidualBlock, Zero
+from ..checks import unwrapped
 from ..spaces.chain_net import ChainNet
 from . import batchnorm
 from .architecture_json import architecture
+from .described import description
 
 
 def timm(net: nn.Module) -> nn.Module:
     """A `timm.models.efficientnet.EfficientNet` that computes what the derived chain net does, with its weights.
 
-    Blocks that chose Zero are left out. Needs the package timm (ImportError where it is absent). Raises ValueError for
+    Blocks that chose Zero are left out. What `describe` said of the net is in its `pretrained_cfg`, where timm's
+    transforms look for it. Needs the package timm (ImportError where it is absent). Raises ValueError for
     another net, or an operation that timm's architecture strings cannot say.
     """
     try:
@@ -25,6 +28,7 @@ def timm(net: nn.Module) -> nn.Module:
     except ImportError as error:
         raise ImportError("export to timm needs the package timm: pip install timm") from error
 
+    net = unwrapped(net)
     if not isinstance(net, ChainNet):
         raise ValueError(f"net must be a derived ChainNet to become a timm model, got {type(net).__name__}")
     kept = [
@@ -55,7 +59,29 @@ def timm(net: nn.Module) -> nn.Module:
     )
     model.conv_stem.stride = (net.first_conv.stride,) * 2  # timm's stem always halves the image
     model.load_state_dict(_state(net, kept, model))
+    model.__dict__["pretrained_cfg"] = _settings(net, description(net))
     return model.train(net.training)
+
+
+def _settings(net: ChainNet, known: dict[str, Any]) -> dict[str, Any]:
+    """timm's words for a description. Raises ValueError for a preprocessing that timm's transforms cannot do."""
+    found: dict[str, Any] = {"architecture": "proxyless", "num_classes": net.num_classes}
+    if "classes" in known:
+        found["label_names"] = tuple(known["classes"])
+    images = known.get("preprocessing")
+    if images is None:
+        return found
+    if images.get("channel_order") == "BGR" or images["value_range"] != [0, 1]:
+        raise ValueError("preprocessing has no form in timm: expected RGB or gray, and a value_range of [0, 1]")
+    side, short_side = images["resolution"], images["short_side"]
+    return found | {
+        "input_size": (images["channels"], side, side),
+        "mean": tuple(images["mean"]),
+        "std": tuple(images["std"]),
+        "interpolation": images["interpolation"],
+        "crop_pct": 1.0 if short_side is None else side / short_side,
+        "crop_mode": "squash" if short_side is None else "center",
+    }
 
 
 def _stages(kept: list[tuple[str, ResidualBlock]]) -> list[list[str]]:

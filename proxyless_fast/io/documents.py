@@ -25,18 +25,23 @@ def read(document: Mapping[str, Any] | str | Path, what: str) -> Mapping[str, An
     if isinstance(document, Mapping):
         return document
     path = Path(document)
-    text = read_text(path, what, MAX_BYTES)
-    try:
-        content = _parse(text)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as {what}: {said(error)}") from error
+    content = parse(read_text(path, what, MAX_BYTES), what, str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read as {what}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
+def parse(text: str, what: str, source: str) -> Any:
+    """What a JSON text holds, within the limits of this module; ValueError, which names `source`, where it does not."""
+    try:
+        return _parse(text)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be read as {what}: {said(error)}") from error
+
+
 def write(document: Mapping[str, Any], path: str | Path) -> None:
-    """Write a document as JSON; ValueError for NaN and infinities, which JSON cannot say."""
+    """Write a document as JSON; ValueError for NaN and infinities, which JSON cannot say, and for what `read` would not
+    take for its size."""
     try:
         text = json.dumps(document, indent=1, allow_nan=False)
     except ValueError as error:
@@ -44,6 +49,8 @@ def write(document: Mapping[str, Any], path: str | Path) -> None:
         if place is None:
             raise
         raise ValueError(f"{Path(path)} cannot hold {place}, expected finite numbers") from error
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{Path(path)} can hold at most {MAX_BYTES:,} bytes, got a document of {len(text):,}")
     with atomic(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

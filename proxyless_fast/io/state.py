@@ -17,23 +17,30 @@ WRAPPERS = ("state_dict", "model", "net")  # where checkpoints keep the net's ow
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
-def save_weights(net: nn.Module, path: str | Path) -> None:
-    """Write the net's state dict as safetensors; the file appears only when it is complete."""
+def write_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors and texts as safetensors; the file appears only when it is complete.
+
+    Raises ValueError for what `load_state` would not take: NaN and infinities, negative variances, sparse tensors.
+    """
     from safetensors.torch import save_file
 
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
+    values = {}
+    for name, value in state.items():
+        value = _tensor(value, name, "net")
+        _cast(value, value, name, "net")
+        values[name] = value.cpu().contiguous().clone()
     with atomic(path) as temporary:
-        save_file(state, temporary)
-
-
-def load_weights(net: nn.Module, path: str | Path) -> None:
-    """Fill the net from a safetensors file; FileNotFoundError, or ValueError when the file does not fit the net."""
-    load_state(net, read_weights(path), str(path))
+        save_file(values, temporary, dict(metadata))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; FileNotFoundError, or ValueError when it is none."""
-    from safetensors.torch import load_file
+    return read_safetensors(path)[0]
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the texts of a safetensors file; FileNotFoundError, or ValueError when it is none."""
+    from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
@@ -45,7 +52,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 "torch.load(path, weights_only=True) returns to net.load_state_dict, then save_weights(net, path)"
             )
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # the library raises its own, and KeyError, TypeError, ... for what a header may say
         raise ValueError(f"{path} cannot be read as safetensors: {said(error)}") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checks import unwrapped
 from ..costs import describe_layers
 from ..mixed import MixedOp
 from ..supernet import mixed_ops
@@ -22,6 +23,7 @@ class ExpectedLatency:
     """
 
     def __init__(self, net: nn.Module, table: LatencyTable) -> None:
+        net = unwrapped(net)
         found = describe_layers(net)
         shapes = [shape for layer in found for shape in layer.choices if shape is not None]
         ms = dict(zip((shape.key for shape in shapes), table.lookup_all(shapes), strict=True))

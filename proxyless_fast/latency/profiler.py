@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..blocks import LinearLayer, ResidualBlock, Zero
-from ..checks import check_positive
+from ..checks import check_positive, unwrapped
 from ..costs import OpShape, describe_layers
-from ..export.onnx_graph import build, input_shape_of
+from ..export.onnx_graph import build, example_output, input_shape_of, plain_copy
+from ..io.text import said
 from ..supernet import derive, mixed_ops
 from .runtimes import Runtime, Session, find_runtime
 from .table import LatencyTable
@@ -52,6 +53,7 @@ def profile(
     """
     found = find_runtime(runtime)
     check_positive(threads=threads, repeats=repeats)
+    net = unwrapped(net)
     blocks = _distinct(net)
     channels_first = input_shape_of(net)
     image = (*channels_first[1:], channels_first[0])
@@ -92,13 +94,19 @@ def measure(
     """
     check_positive(threads=threads, repeats=repeats)
     if isinstance(net, nn.Module):
+        net = unwrapped(net)
         if mixed_ops(net):
             raise ValueError("net must be derived before it is measured: it still holds mixed ops")
-        model = build(net, input_shape_of(net, input_shape))
+        shape, net = input_shape_of(net, input_shape), plain_copy(net)
+        example_output(net, shape)  # raises for a net that takes or gives something else
+        model = build(net, shape)
     else:
         if not Path(net).is_file():
             raise FileNotFoundError(f"no ONNX file at {net}")
-        model = onnx.load(str(net))
+        try:
+            model = onnx.load(str(net))
+        except Exception as error:  # protobuf raises its own
+            raise ValueError(f"{net} cannot be read as ONNX: {said(error)}") from error
     return float(
         np.median(
             _rounds([find_runtime("onnxruntime").Session(model, threads, input_shape)], repeats, bursts=WHOLE_BURSTS)

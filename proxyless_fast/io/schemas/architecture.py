@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..text import short
 from .common import MAX_PARAMETERS, Kernel, Rate, Real, Size, Strict, Stride, Whole
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_]+$")]
@@ -108,14 +110,63 @@ class Cell(Strict):
         return self
 
 
-class Architecture(Strict):
+class Preprocessing(Strict):
+    """What the images of a net went through, before (x - mean) / std of each channel."""
+
+    channels: Annotated[Whole, Field(ge=1, le=1 << 12)]
+    channel_order: Literal["RGB", "BGR", "gray"] | None = None
+    resolution: Size
+    short_side: Size | None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "area"]
+    value_range: Annotated[list[Real], Field(min_length=2, max_length=2, default_factory=lambda: [0.0, 1.0])]
+    mean: list[Real]
+    std: list[Annotated[Real, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Preprocessing:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(
+                    f"{name} must have {self.channels} numbers, one a channel, got {len(getattr(self, name))}"
+                )
+        if self.short_side is not None and self.short_side < self.resolution:
+            raise ValueError(f"short_side must be at least the resolution {self.resolution}, got {self.short_side}")
+        if self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range must go up, got {self.value_range}")
+        if self.channel_order is not None and self.channels != (1 if self.channel_order == "gray" else 3):
+            raise ValueError(f"channel_order must fit {self.channels} channels, got {self.channel_order!r}")
+        return self
+
+
+def _distinct(names: list[str]) -> list[str]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise PydanticCustomError("distinct", "must be distinct, and {name} stands twice", {"name": short(name)})
+        seen.add(name)
+    return names
+
+
+ClassName = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+
+
+class Description(Strict):
+    """What every format carries beside the net: names of its outputs 0, 1, ..., and what its images went through."""
+
+    classes: Annotated[list[ClassName], Field(min_length=1, max_length=1 << 16), AfterValidator(_distinct)] | None = (
+        None
+    )
+    preprocessing: Preprocessing | None = None
+
+
+class Architecture(Description):
     """A whole file."""
 
     format: Literal["proxyless_fast.architecture"]
     net: Annotated[Chain | Cell, Field(discriminator="kind")]
     bn: Annotated[list[BatchNorm], Field(min_length=1, max_length=10_000)]
-    parameters: Annotated[Whole, Field(ge=0)] = 0
-    macs: Annotated[Whole, Field(ge=0)] = 0
+    parameters: Annotated[Whole, Field(ge=0)] | None = None
+    macs: Annotated[Whole, Field(ge=0)] | None = None
 
 
 def _conv_parameters(layer: Conv) -> int:
