@@ -48,7 +48,11 @@ def has_hooks(*modules: Any) -> bool:
 
 def offered(module: nn.Module, name: str) -> Any:
     """module's method `name` of the protocol, or None where it offers none for the forward that it runs."""
-    if not defined_with_forward(type(module), name) or has_hooks(module) or "forward" in module.__dict__:
+    kind = type(module)
+    # Always an instance: but what torch.compile makes of this alone holds for one type only where the type was asked.
+    if not isinstance(module, kind) or not defined_with_forward(kind, name):
+        return None
+    if has_hooks(module) or "forward" in module.__dict__:
         return None
     return getattr(module, name)
 

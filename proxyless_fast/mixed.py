@@ -166,8 +166,9 @@ class MixedOp(nn.Module):
         return [name for name, pruned in zip(self.names, gone.tolist(), strict=True) if pruned]
 
     # The index of the active path is data to a compiled graph around this op, which would otherwise be compiled anew
-    # for every path: the graph breaks here, and the candidates are compiled each for itself.
-    @torch.compiler.disable(recursive=False)
+    # for every path: the graph breaks here. A candidate that is to be compiled is so by its own `compile()`: candidates
+    # share a few forwards, whose caches would be full after eight of them.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         replayed = None if self.graphs is None else self.graphs(self, args, kwargs, False)
         if replayed is not None:
@@ -183,7 +184,7 @@ class MixedOp(nn.Module):
         require_unchanged(self.names[self.active], before, args, kwargs)
         return attach_gates(self._gated_step(args, kwargs), self.logits(), output, term)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def with_shortcut(self, x: Tensor) -> Tensor:
         """self(x) + x, with the sum where the output is written anyway if the active candidate offers that."""
         replayed = None if self.graphs is None else self.graphs(self, (x,), {}, True)

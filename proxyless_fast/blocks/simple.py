@@ -41,7 +41,18 @@ class Zero(nn.Module):
         self.stride, self.out_channels = stride, out_channels
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+            return self._recorded_zeros(x)
         return torch.utils._pytree.tree_map_only(Tensor, self._zeros, x)
+
+    def _recorded_zeros(self, x: Any) -> Any:
+        """Zeros by operations on x alone, which torch.fx and torch.jit.trace record for any size of the batch: to the
+        former x is no tensor, and the latter has no form for an autograd function in Python."""
+        if self.stride == 1 and self.out_channels is None:
+            return torch.zeros_like(x)
+        if self.out_channels is None:
+            return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+        return torch.zeros_like(x[:, :1, :: self.stride, :: self.stride]).repeat(1, self.out_channels, 1, 1)
 
     def _zeros(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape)
