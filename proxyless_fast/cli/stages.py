@@ -10,6 +10,7 @@ from torch import nn
 from .. import data
 from .. import export as exports
 from ..costs import count_macs, count_parameters
+from ..io.schemas import Description, check
 from ..io.state import load_state
 from ..io.text import plain
 from ..latency import ExpectedLatency, LatencyTable, measure
@@ -128,7 +129,7 @@ def derive(run: Run, args: Namespace) -> None:
         figures["predicted"] = None if latency is None else latency.of_choices(choices)
         figures["blocks"] = describe_blocks(net, choices)
         net = derive_net(net, choices)
-        exports.describe(net, **_description(run.report().get("data", {})))
+        exports.describe(net, **_description(run.report().get("data", {}), f"{run.report_file}: data"))
         figures |= {"parameters": count_parameters(net), "macs": count_macs(net)}
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
@@ -146,7 +147,7 @@ def train(run: Run, args: Namespace) -> None:
         torch.manual_seed(data_settings["seed"])
         net = _prepare(_load_derived(run, weights=not scratch), args)
         train_net(net, splits.train, config, log=run.folder / "train.jsonl")
-        exports.describe(net, **_description(data_settings))
+        exports.describe(net, **_description(data_settings, "data"))
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
         figures |= {**config.to_dict(), "from_scratch": scratch, "files": [run.weights.name, "train.jsonl"]}
@@ -217,9 +218,11 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(plain(name) for name in names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def _description(data_settings: dict[str, Any]) -> dict[str, Any]:
+def _description(data_settings: dict[str, Any], source: str) -> dict[str, Any]:
     """Of the settings of a run's data, what the nets of the run are described by; runs of older versions have none."""
-    return {key: data_settings.get(key) for key in ("classes", "preprocessing")}
+    found = {key: data_settings.get(key) for key in ("classes", "preprocessing")}
+    check(Description, found, source)
+    return found
 
 
 def _resolution(run: Run) -> int | None:

@@ -67,3 +67,13 @@ def test_a_run_of_an_older_version_says_nothing(run, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert main(["derive", "--run", str(tmp_path)]) == 0
     assert export.description(tmp_path / "arch.json") == {}
+
+
+def test_a_damaged_report_is_named(run, tmp_path, capsys):
+    for name in ("checkpoint.pt", "report.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["data"]["classes"] = ["aardvark", 3]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert main(["derive", "--run", str(tmp_path)]) == 2
+    assert "report.json: data: classes.1 must be a valid string, got 3" in capsys.readouterr().err.replace("\n", " ")

@@ -27,9 +27,10 @@ import yaml
 from safetensors.torch import save
 
 from proxyless_fast import export, spaces
+from proxyless_fast.export import load_weights
 from proxyless_fast.io import documents
 from proxyless_fast.io.schemas import Report, check
-from proxyless_fast.io.state import load_state, load_weights
+from proxyless_fast.io.state import load_state
 from proxyless_fast.latency import ExpectedLatency, LatencyTable, MissingKey
 from proxyless_fast.search import checkpoint
 from proxyless_fast.spaces.chain_net import supernet
