@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from .candidates import defined_with_forward
 from .checks import unwrapped
 
 
@@ -68,10 +69,12 @@ def cost_of(place: str, module: nn.Module, input: tuple[int, ...], **options: An
     Raises ValueError, which names the place, for a module that says nothing, or that cannot take this input.
     """
     shape = getattr(module, "shape", None)
-    if not callable(shape):
+    own = "shape" in vars(module) or (defined_with_forward(type(module), "shape") and "forward" not in vars(module))
+    if not callable(shape) or not own:
+        what = "does not say what it costs" if shape is None else "runs another forward than its shape was written for"
         raise ValueError(
-            f"{place} is a {type(module).__name__}, which does not say what it costs; give it a method shape(input, "
-            "idskip=0) that returns an OpShape, or None where it costs nothing (proxyless_fast.costs)"
+            f"{place} is a {type(module).__name__}, which {what}; give it a method shape(input, idskip=0) that returns "
+            "an OpShape, or None where it costs nothing (proxyless_fast.costs)"
         )
     try:
         found = shape(input, **options)

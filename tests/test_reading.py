@@ -243,3 +243,20 @@ def test_strided_arguments_are_read_as_they_are():
     running = [torch.zeros(6)[::2], torch.ones(6)[::2]]
     ops.update_running(apart, running, 32, 32, 0.5)
     torch.testing.assert_close(running[0], (0.5 * statistics[:3]).float())
+
+
+def test_costs_are_those_of_the_forward_that_runs():
+    class Twice(pf.MBConv):
+        def forward(self, x, shortcut=False):
+            return super().forward(super().forward(x, shortcut), shortcut)
+
+    net = pf.spaces.small()
+    net.blocks[0].mobile_inverted_conv = Twice(16, 16, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"blocks\.0 is a Twice, which runs another forward than its shape"):
+        pf.count_macs(net)
+    block = pf.MBConv(16, 16, 3, 1, 1)
+    block.forward = lambda x: x
+    net.blocks[0].mobile_inverted_conv = block
+    with pytest.raises(ValueError, match="runs another forward"):
+        pf.count_macs(net)
+    assert Twice(4, 4).fused(torch.randn(1, 4, 8, 8)) == (False, "the block has a forward of its own")

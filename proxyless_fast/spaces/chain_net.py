@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks import ConvLayer, LinearLayer, MBConv, ResidualBlock, candidate
@@ -57,9 +58,19 @@ class ChainNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first_conv(x)
+        # A mixed op breaks a compiled graph: one break for all of them, and no graph of each of the pieces between.
+        mixed = torch.compiler.is_compiling() and any(
+            isinstance(getattr(block, "mobile_inverted_conv", None), MixedOp) for block in self.blocks
+        )
+        x = self._run_uncompiled(x) if mixed else self._run_blocks(x)
+        return self.classifier(self.global_avg_pooling(self.feature_mix_layer(x)).flatten(1))
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.classifier(self.global_avg_pooling(self.feature_mix_layer(x)).flatten(1))
+        return x
+
+    _run_uncompiled = torch.compiler.disable(_run_blocks)
 
     def layers(self) -> list[Layer]:
         """Every layer with the cost of each of its choices at this net's resolution."""

@@ -145,9 +145,12 @@ def test_a_compiled_net_compiles_once(net):
             torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["path", "full", "two"])
-def test_a_compiled_supernet_takes_the_path_that_was_sampled(mode):
-    supernet = spaces.small(resolution=8)
+SUPERNETS = [("small", "path"), ("small", "full"), ("small", "two"), ("mobile", "full"), ("cell", "full")]
+
+
+@pytest.mark.parametrize(("space", "mode"), SUPERNETS)
+def test_a_compiled_supernet_takes_the_path_that_was_sampled(space, mode):
+    supernet = getattr(spaces, space)(resolution=32 if space == "mobile" else 8)
     compiled = torch.compile(copy.deepcopy(supernet), backend="aot_eager")
     x = image(supernet, 4)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

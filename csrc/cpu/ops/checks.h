@@ -37,7 +37,7 @@ inline at::Tensor required_statistics(const char* op, const char* name, const at
 // Mean or variance of one norm: vectors of n values of float32 or float64.
 inline void require_running(const char* op, size_t i, const at::Tensor& t, int64_t n) {
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.layout() == at::kStrided && t.dim() == 1 && t.size(0) == n, op,
-                    ": running[", i, "] must be dense, have shape (", n, ",) and be on the CPU, got a ", t.layout(),
+                    ": running[", i, "] must have shape (", n, ",), be dense and on the CPU, got a ", t.layout(),
                     " tensor of shape ", t.sizes(), " on ", t.device());
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": running[", i,
                     "] must be float32 or float64, got ", t.scalar_type());
