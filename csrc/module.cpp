@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
         "Give the memory that the CPU ops keep between steps and do not use now back to the system.");
   m.def("objects_of", &pf::objects_of, "Every object that calling a torch module depends on, its children's too.");
   m.def("has_objects", &pf::has_objects, "Whether objects_of(module) would be the very same objects as these.");
+  m.def("versions_of", &pf::versions_of, "Which tensors a module's parameters are, and how often each was changed.");
   m.def(
       "build_info",
       [] {

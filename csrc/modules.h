@@ -12,4 +12,8 @@ pybind11::tuple objects_of(pybind11::handle module);
 // Whether objects_of(module) would still be the very same objects.
 bool has_objects(pybind11::handle module, const pybind11::tuple& seen);
 
+// Which tensors a module's parameters are, its children's too, and how often each was changed in place: (id, version)
+// after (id, version), flat.
+pybind11::tuple versions_of(pybind11::handle module);
+
 }  // namespace pf

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._C import versions_of  # type: ignore[import-not-found]  # compiled
 from .candidates import GateTerm, defined_with_forward, offered
 from .ops.statistics import dot
 
@@ -71,6 +72,7 @@ class _Gates(torch.autograd.Function):
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         ctx.step, ctx.input_spec = step, input_spec
+        ctx.versions = [versions_of(candidate) for candidate in step.candidates[1:]]
         device = outputs[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
@@ -87,6 +89,7 @@ class _Gates(torch.autograd.Function):
         own, tensors = saved[: ctx.own], saved[ctx.own :]
         if all(g is None for g in grads) or not ctx.needs_input_grad[4]:
             return None, None, None, None, None, *grads
+        _require_same_weights(ctx.step, ctx.versions)
         inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
         args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
         step: GatedStep = ctx.step._replace(args=args, kwargs=kwargs)
@@ -97,6 +100,19 @@ class _Gates(torch.autograd.Function):
             gates += _probes(step, grads, ctx.shared)
         gradient = _alpha_gradient(alpha, dict(zip(step.indices, gates, strict=True)), step.pair)
         return None, None, None, None, gradient, *grads
+
+
+def _require_same_weights(step: GatedStep, versions: list[tuple]) -> None:
+    """Raises RuntimeError, as autograd does for what it saved, where a weight of a probe is not what it was in forward.
+
+    Probes run in backward; with other weights their gates would be those of another network.
+    """
+    for name, candidate, before in zip(step.names[1:], step.candidates[1:], versions, strict=True):
+        if versions_of(candidate) != before:
+            raise RuntimeError(
+                f"a weight of candidate {name!r} was changed or replaced between forward and backward, where it is "
+                "probed; call backward before the weights change"
+            )
 
 
 def _is_float(leaf: Any) -> bool:

@@ -384,3 +384,21 @@ def test_outputs_of_different_shapes_are_named():
     op.activate("a", mode="full")
     with pytest.raises(ValueError, match=r"'b'.*\(5, 3\).*\(5, 4\)"):
         op(torch.randn(5, 2)).sum().backward()
+
+
+def test_a_probed_weight_that_changes_before_backward_raises():
+    op = pf.MixedOp([pf.MBConv(4, 4, 3), pf.MBConv(4, 4, 5), nn.Conv2d(4, 4, 1)])
+    x = torch.randn(2, 4, 6, 6)
+    for change in (
+        lambda: op.candidates[1].depth_conv.conv.weight.mul_(2),
+        lambda: op.candidates[2].weight.add_(1),
+        lambda: setattr(op.candidates[2], "weight", nn.Parameter(torch.zeros(4, 4, 1, 1))),
+    ):
+        op.activate(0, "full")
+        loss = op(x).sum()
+        with torch.no_grad():
+            change()
+        with pytest.raises(RuntimeError, match=r"a weight of candidate '[12]' was changed or replaced"):
+            loss.backward()
+    op(x).sum().backward()
+    assert op.alpha.grad is not None

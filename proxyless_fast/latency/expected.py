@@ -67,6 +67,11 @@ class ExpectedLatency:
         """Milliseconds of the path of the largest alphas, which `derive` keeps."""
         return self.fixed + sum(t[self._ops[label].most_likely] for label, t in self._times.items())
 
+    def is_of(self, net: nn.Module) -> bool:
+        """Whether these are the times of this very net's mixed ops: of a copy's, alpha would get no gradient."""
+        ops = mixed_ops(unwrapped(net))
+        return ops.keys() == self._ops.keys() and all(ops[label] is op for label, op in self._ops.items())
+
     @property
     def fastest(self) -> float:
         """Milliseconds of the fastest path."""

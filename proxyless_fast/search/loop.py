@@ -11,6 +11,7 @@ from ..io.state import load_state
 from ..latency import ExpectedLatency, LatencyTable
 from ..supernet import arch_parameters, mixed_ops, rescale, sample, weight_parameters
 from . import checkpoint
+from .agreement import require_agreement, require_images
 from .batches import endless_batches, epoch_batches, generator
 from .config import SearchConfig
 from .diagnose import require_finite
@@ -33,8 +34,9 @@ class Search:
         when called and has `of_choices({label: index}) -> ms`; None: no latency term.
     out: folder for search.jsonl, tensorboard/ and checkpoint.pt; None: nothing is written.
 
-    `history` gets a dict of means after each epoch. Raises ValueError where the net has no mixed op, a loader is empty
-    or the target does not suit the table, and NonFiniteLoss (a ValueError) where a loss is NaN or infinite.
+    `history` gets a dict of means after each epoch. Raises ValueError where the net has no mixed op, a loader is empty,
+    its images or classes are not the net's, or the target does not suit the table, and NonFiniteLoss (a ValueError)
+    where a loss is NaN or infinite.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Search:
         for name, loader in (("train", train), ("valid", valid)):
             if len(loader) == 0:
                 raise ValueError(f"{name}: got a loader of 0 batches, expected at least one")
+            require_agreement(net, loader, name)
         self.latency = ExpectedLatency(net, table) if isinstance(table, LatencyTable) else table
         self._check_target()
         self.weights, self.alphas = list(weight_parameters(net)), list(arch_parameters(net))
@@ -69,18 +72,20 @@ class Search:
     def weight_step(self, inputs: Any, labels: Tensor) -> None:
         """One SGD step of the weights of a sampled path. Only its parameters get a gradient, momentum and decay."""
         lr = set_cosine_lr(self.weight_optimizer, self.config.lr, self.step, self.total_steps)
+        self._require_images(inputs, "train")
         sample(self.net, "path", generator=generator(self.config.seed, self.step, "weight"))
         self.weight_optimizer.zero_grad(set_to_none=True)
         with frozen(self.alphas):
             logits = self.net(inputs)
             loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-            self._require_finite(loss, inputs, "weight")
+            self._require_finite(loss, inputs, labels, "weight")
             loss.backward()
         self.weight_optimizer.step()
         self.journal.add(self.step, "weight", loss=loss, top1=_top1(logits, labels), lr=lr)
 
     def arch_step(self, inputs: Any, labels: Tensor) -> None:
         """One Adam step of the alphas; weights are frozen, so backward computes gradients of activations only."""
+        self._require_images(inputs, "valid")
         self.arch_optimizer.zero_grad(set_to_none=True)
         gradient = self._reinforce_gradient if self.config.mode == "reinforce" else self._gate_gradient
         with frozen(self.weights):
@@ -101,7 +106,7 @@ class Search:
             measured["latency"] = self.latency()
             ref, factor, exponent = c.target_ms or 0.0, c.mul_log_factor, c.mul_log_exponent
             loss = objective(ce, measured["latency"], ref, c.objective, factor, exponent, c.add_linear_weight)
-        self._require_finite(loss, inputs, "arch")
+        self._require_finite(loss, inputs, labels, "arch", measured.get("latency"))
         loss.backward()
         return {"loss": loss, **measured}
 
@@ -199,6 +204,10 @@ class Search:
     def _check_target(self) -> None:
         if self.latency is None:
             return
+        if isinstance(self.latency, ExpectedLatency) and not self.latency.is_of(self.net):
+            raise ValueError(
+                "table: got the latency of another net's mixed ops, expected one that was made of this net"
+            )
         config, fastest = self.config, getattr(self.latency, "fastest", None)
         if config.target_ms is None:
             raise ValueError("SearchConfig.target_ms: got None with a latency table, expected a latency in ms")
@@ -228,10 +237,16 @@ class Search:
         inputs, labels = batch
         return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-    def _require_finite(self, loss: Tensor, inputs: Any, kind: str) -> None:
+    def _require_images(self, inputs: Any, name: str) -> None:
+        if isinstance(self.latency, ExpectedLatency):
+            require_images(self.net, inputs, name)
+
+    def _require_finite(
+        self, loss: Tensor, inputs: Any, labels: Tensor, kind: str, latency: Tensor | None = None
+    ) -> None:
         # Reading a loss makes the host wait for an accelerator: there, only where the log waits anyway.
         if self.device.type == "cpu" or (self.step + 1) % self.config.log_every == 0:
-            require_finite(loss, self.net, inputs, self.step, kind)
+            require_finite(loss, self.net, inputs, labels, self.step, kind, latency)
 
     def _close_epoch(self, epoch: int) -> None:
         if self.config.prune_below is not None and epoch >= self.config.warmup_epochs:

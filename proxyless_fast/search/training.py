@@ -77,7 +77,7 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
                     loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
                     logged = (step + 1) % config.log_every == 0
                     if logged or device.type == "cpu":
-                        require_finite(loss, net, inputs, step, "train")
+                        require_finite(loss, net, inputs, labels, step, "train")
                     loss.backward()
                     optimizer.step()
                     top1 = (logits.detach().argmax(1) == labels).float().mean()
@@ -95,17 +95,21 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
 
 @torch.no_grad()
 def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
-    """Top-1, top-5 and loss of net in evaluation mode; its mode is put back. Raises ValueError without images."""
+    """Top-1, top-5 and loss of net in evaluation mode; its mode is put back.
+
+    Raises ValueError without images, and NonFiniteLoss where a batch's loss is NaN or infinite.
+    """
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
     sums, images = torch.zeros(3, dtype=torch.float64), 0
     try:
-        for inputs, labels in loader:
+        for batch, (inputs, labels) in enumerate(loader):
             inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits = net(inputs).float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = cross_entropy(logits, labels, reduction="sum")
+            require_finite(loss, net, inputs, labels, batch, "evaluation")
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss]).double().cpu()
             images += len(labels)
     finally:

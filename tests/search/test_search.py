@@ -1,5 +1,6 @@
 """The search: its configuration, its steps, what it finds, and that a run can be repeated and resumed to the bit."""
 
+import copy
 import itertools
 import json
 import math
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from proxyless_fast import spaces
 from proxyless_fast.blocks import MBConv, Zero
+from proxyless_fast.latency import ExpectedLatency, LatencyTable
 from proxyless_fast.mixed import MixedOp
 from proxyless_fast.search import (
     NonFiniteLoss,
@@ -522,3 +525,62 @@ def test_train_and_evaluate(tmp_path):
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 15 * (8 + 1)
     assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), derive(supernet).parameters(), strict=False))
     assert len(list(weight_parameters(net))) == len(list(net.parameters()))
+
+
+def test_what_is_not_finite_is_named():
+    """The diagnosis runs the net as it ran: hooks would turn off the fused op whose own sums overflow."""
+
+    def stopped(change, inputs=None, labels=None, kind="weight", said=""):
+        net, (batches, valid) = ToyNet(), toy_loaders()
+        search = Search(net, batches, valid, config(), toy_times(net))
+        first, second = next(iter(valid))
+        change(net)
+        with pytest.raises(NonFiniteLoss, match=said):
+            getattr(search, f"{kind}_step")(
+                first if inputs is None else inputs(first), second if labels is None else labels(second)
+            )
+
+    def poisoned(net):
+        with torch.no_grad():
+            net.classifier.weight[0, 0] = math.inf
+
+    def alpha(net):
+        with torch.no_grad():
+            net.second.alpha[1] = math.nan
+
+    nothing = lambda net: None  # noqa: E731
+    stopped(poisoned, said="that of classifier, whose weight is not finite")
+    stopped(alpha, kind="arch", said="alpha of second is not finite")
+    stopped(nothing, inputs=lambda x: x * 1e20, said=r"that of (first|second)")
+    stopped(nothing, inputs=lambda x: x[:0], labels=lambda y: y[:0], said="the batch is empty")
+    stopped(nothing, labels=lambda y: torch.full_like(y, -100), said="every label of the batch is -100")
+
+
+def test_evaluation_stops_at_a_nan():
+    net, (_, valid) = ToyNet(), toy_loaders()
+    plain = derive(net)
+    with torch.no_grad():
+        plain.classifier.bias[0] = math.nan
+    with pytest.raises(NonFiniteLoss, match=r"nan at evaluation step 0.*classifier, whose bias"):
+        evaluate(plain, valid)
+
+
+def test_net_table_and_data_speak_of_the_same_images():
+    net, (batches, valid) = spaces.small(num_classes=4, in_channels=3, resolution=8), toy_loaders()
+    for field, other in (("in_channels", 1), ("resolution", 16), ("num_classes", 7)):
+        setattr(batches, field, other)
+        with pytest.raises(ValueError, match=rf"train: the loader's {field} is {other}, expected the net's"):
+            Search(net, batches, valid, config())
+        delattr(batches, field)
+
+    class Flat(LatencyTable):
+        def lookup_all(self, shapes):
+            return [1.0 for _ in shapes]
+
+    latency = ExpectedLatency(net, Flat({}))
+    search = Search(net, batches, valid, config(target_ms=10.0, objective="add_linear"), latency)
+    for step, name in ((search.weight_step, "train"), (search.arch_step, "valid")):
+        with pytest.raises(ValueError, match=rf"{name}: the images have shape \(3, 12, 12\), expected \(3, 8, 8\)"):
+            step(torch.randn(2, 3, 12, 12), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="another net's mixed ops"):
+        Search(copy.deepcopy(net), batches, valid, config(target_ms=10.0), latency)

@@ -1,0 +1,39 @@
+"""Net, latency and data have to speak of the same images: a latency at another resolution would steer the search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checks import unwrapped
+
+FIELDS = ("in_channels", "resolution", "num_classes")
+
+
+def require_agreement(net: nn.Module, loader: Any, name: str) -> None:
+    """Raises ValueError where a loader says of its images or classes what the net says otherwise.
+
+    net and loader are asked for in_channels, resolution and num_classes; what either does not tell cannot differ.
+    """
+    for field in FIELDS:
+        ours, theirs = _told(unwrapped(net), field), _told(loader, field)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(f"{name}: the loader's {field} is {theirs}, expected the net's, {ours}")
+
+
+def require_images(net: nn.Module, inputs: Any, name: str) -> None:
+    """Raises ValueError where a batch of images is of other channels or another size than the net says."""
+    channels, side = (_told(unwrapped(net), field) for field in FIELDS[:2])
+    if channels is None or side is None or not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        return
+    if tuple(inputs.shape[1:]) != (channels, side, side):
+        raise ValueError(
+            f"{name}: the images have shape {tuple(inputs.shape[1:])}, expected {(channels, side, side)}, of which the "
+            "net's latency is"
+        )
+
+
+def _told(source: Any, field: str) -> int | None:
+    value = getattr(source, field, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
