@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #ifdef __linux__
 #include <pthread.h>
@@ -124,7 +125,12 @@ Pool& pool() {
 
 Pool* new_pool() {
 #ifdef __linux__
-  pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
+  pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); },
+                 [] {
+                   pool().unlock();
+                   // The parent's OpenMP threads are not in the child, and whatever hands them work waits for ever.
+                   if (at::get_num_threads() > 1) at::set_num_threads(1);
+                 });
 #endif
   return new Pool;
 }
