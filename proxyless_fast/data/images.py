@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import stat
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -43,7 +44,7 @@ def read(path: str) -> Image.Image:
     """
     try:
         _check_file(path)
-        with Image.open(path, formats=_formats()) as image:
+        with _open(path) as image:
             _check_size(image)
             image.load()
             turn = _TURNS.get(_orientation(image))
@@ -51,6 +52,12 @@ def read(path: str) -> Image.Image:
         return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # whatever type: Pillow's decoders raise some of every kind for damaged files
         raise UnreadableImage(f"{printable(path)} cannot be read as an image: {_why(error)}") from error
+
+
+def _open(path: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows, and is a sentence
+        return Image.open(path, formats=_formats())
 
 
 def _why(error: Exception) -> str:

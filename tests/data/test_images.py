@@ -213,11 +213,12 @@ def test_images_beyond_the_bounds_are_refused_undecoded(tmp_path, width, height)
     (tmp_path / "x.png").write_bytes(png([row] * height, depth=1, color=0, width=width))
     tracemalloc.start()
     with (
-        warnings.catch_warnings(),
+        warnings.catch_warnings(record=True) as warned,
         pytest.raises(UnreadableImage, match=r"x\.png cannot be read as an image: .*pixels"),
     ):
-        warnings.simplefilter("ignore")  # Pillow's own of bombs
+        warnings.simplefilter("always")
         images.read(str(tmp_path / "x.png"))
+    assert not warned
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
