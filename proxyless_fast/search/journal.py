@@ -3,19 +3,25 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import is_integer
+from ..io.files import atomic
+from ..io.text import said, short
+
 
 class Journal:
     """Collects scalars per step and writes them to `path` (JSON lines) and to tensorboard/ beside it.
 
     path None: nothing is written, epoch means are still kept. first_step: records of that step and later, left by a
-    run that was cut off after its last checkpoint, are dropped from an existing file.
+    run that was cut off after its last checkpoint, are dropped from an existing file. Raises OSError, with the path,
+    where the system cannot write it, ValueError where an existing file is no log.
     """
 
     def __init__(self, path: Path | None, first_step: int = 0) -> None:
@@ -23,12 +29,14 @@ class Journal:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._file = self._board = None
         if path is not None:
+            self._path, self._folder = path, path.parent / "tensorboard"
             from torch.utils.tensorboard import SummaryWriter
 
             kept = _records_before(path, first_step)
-            self._file = open(path, "w")  # noqa: SIM115  (closed by close)
-            self._file.writelines(kept)
-            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step or None)
+            with atomic(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+            self._board = SummaryWriter(str(self._folder), purge_step=first_step or None)
 
     def add(self, step: int, kind: str, **values: Tensor | float | None) -> None:
         """Notes scalars (tensors stay on their device) of one step; None is left out."""
@@ -56,7 +64,8 @@ class Journal:
             self._emit(step, kind, plain)
         self._pending.clear()
         if self._file is not None:
-            self._file.flush()
+            with _named(self._path):
+                self._file.flush()
         return newest
 
     def close_epoch(self) -> dict[str, float]:
@@ -74,25 +83,57 @@ class Journal:
         self._sums.update({name: list(total) for name, total in sums.items()})
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        self._file = self._board = None
+        try:
+            self.flush()
+            if self._board is not None:
+                with _named(self._folder):
+                    self._board.flush()
+        finally:
+            for writer in (self._file, self._board):
+                if writer is not None:
+                    with suppress(OSError):  # was said when it was flushed
+                        writer.close()
+            self._file = self._board = None
 
     def _emit(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            with _named(self._path):
+                self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+                    with _named(self._folder):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
 
 
-def _records_before(path: Path, step: int) -> list[str]:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The system's errors within name the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+
+
+def _records_before(path: Path, step: int) -> list[bytes]:
     if step == 0 or not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    # A run that was killed may have left half a line at the end.
-    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"}\n"):
+        lines.pop()  # half a line of a run that was killed
+    return [line for number, line in enumerate(lines, 1) if _step_of(line, path, number) < step]
+
+
+def _step_of(line: bytes, path: Path, number: int) -> int:
+    """The step of a record; ValueError with the file, the line and the key where it has none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: line {number} is no record of a search ({said(error)}); without the file the search goes on, "
+            "with a new log"
+        ) from error
+    step: Any = record.get("step") if isinstance(record, dict) else None
+    if not is_integer(step, 0):
+        raise ValueError(f"{path}: step of line {number} must be a whole number of at least 0, got {short(step)}")
+    return step
