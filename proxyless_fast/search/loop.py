@@ -188,17 +188,12 @@ class Search:
         """The search of a run folder as its checkpoint left it; `fit()` goes on, to the same bits as without a stop.
 
         net, train, valid, table: as they were given to the search that wrote it. Raises FileNotFoundError without a
-        checkpoint, ValueError where it does not fit the net.
+        checkpoint, ValueError where it is damaged, or does not fit the net or the loaders.
         """
-        state = checkpoint.load(out)
-        search = cls(net, train, valid, SearchConfig(**state["config"]), table, out)
-        load_state(net, state["net"], str(Path(out) / checkpoint.NAME))
-        search.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        search.arch_optimizer.load_state_dict(state["arch_optimizer"])
-        search.step, search.history = state["step"], state["history"]
-        search.baseline = None if state["baseline"] is None else state["baseline"].to(search.device)
-        search.journal.load_state_dict(state["sums"])
-        torch.set_rng_state(state["rng"])
+        state, path = checkpoint.load(out), Path(out) / checkpoint.NAME
+        search = cls(net, train, valid, checkpoint.config_of(state, path), table, out)
+        load_state(net, state["net"], str(path))
+        checkpoint.restore(search, state, path)
         return search
 
     def _check_target(self) -> None:

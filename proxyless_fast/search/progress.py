@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, markup=False)  # names of files and classes are printed as they are
+console = Console(highlight=False, markup=False, emoji=False)  # names of files and classes are printed as they are
 
 
 def progress_bar(description: str, total: int, completed: int = 0) -> tuple[Progress, Any]:

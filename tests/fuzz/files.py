@@ -52,6 +52,11 @@ TOKENS: tuple[bytes, ...] = (
     *(word.encode() for word in WORDS.split()), b"\t", b"\n", b"\r\n", b" ", b"\0", b"\xff", b"9" * 100, b"[" * 5000,
     b"- " * 500, b"{a: " * 500, b'{"a":' * 500,
 )  # fmt: skip
+STATE: dict[str, Any] = {
+    "step": 1, "config": {}, "weight_optimizer": {"state": {0: {"momentum_buffer": None}}, "param_groups": [{}]},
+    "arch_optimizer": {"state": {}, "param_groups": []}, "baseline": None, "history": [{"epoch": 0}],
+    "sums": {"loss": [1.0, 1]}, "rng": torch.get_rng_state(),
+}  # fmt: skip
 NAMES = {
     "table": "t.yaml", "official": "net.config", "architecture": "arch.json", "report": "report.json",
     "weights": "w.safetensors", "checkpoint": checkpoint.NAME,
@@ -81,11 +86,10 @@ class Files:
         header = {"overhead": 0.1, "path_error": 0.02, "device": "x", "threads": 1}
         config = export.official(self.chain)[0]
         report = {
-            "space": {"name": "small", "resolution": 28, "num_classes": 10},
-            "profile": {"threads": 1, "seconds": 1.0},
-            "search": {"target": 2.5},
-            "derive": {"target": None},
-            "train": {"loss": [1.5]},
+            "space": {"name": "small", "resolution": 28, "num_classes": 10, "in_channels": 1},
+            "profile": {"threads": 1, "fastest": 0.1, "slowest": 1.0, "seconds": 1.0},
+            "search": {"target": 2.5, "target_source": "as given", "seconds": 1.0},
+            "train": {"loss": [1.5], "seconds": 1.0},
         }
         entry = {"count": 3, "mean": 0.25, "var": 1e-5, "median": 0.2}
         self.good: dict[str, list[Any]] = {
@@ -189,7 +193,10 @@ class Files:
         net: Any = self.tensors()
         if draw.random() < 0.2:
             net = draw.choice(({"state_dict": net}, [net], {**net, "first_conv.conv.weight": 3}, None, {3: 4}))
-        torch.save({"format": draw.choice((1, 1, 1, 2, "1")), "net": net}, file)
+        state = {**STATE, "format": draw.choice((1, 1, 1, 2, "1")), "net": net}
+        if draw.random() < 0.4:
+            state[draw.choice(list(state))] = self.value()
+        torch.save(state, file)
         if draw.random() < 0.4:
             return file.getvalue()
         changed = io.BytesIO()  # with right check sums, so that what is read is the damage

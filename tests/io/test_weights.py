@@ -49,8 +49,15 @@ def test_a_file_of_torch_save_is_told_what_to_do_with(tmp_path):
         read_weights(tmp_path / "w.pth")
 
 
+STATE = {
+    "step": 0, "config": {}, "weight_optimizer": {"state": {}, "param_groups": []},
+    "arch_optimizer": {"state": {}, "param_groups": []}, "baseline": None, "history": [], "sums": {},
+    "rng": torch.get_rng_state(),
+}  # fmt: skip
+
+
 def test_a_checkpoint_does_not_unpack_to_more_than_it_is(tmp_path):
-    path = checkpoint.save(tmp_path, {"net": {"w": torch.zeros(1 << 20)}})
+    path = checkpoint.save(tmp_path, {**STATE, "net": {"w": torch.zeros(1 << 20)}})
     assert checkpoint.load(tmp_path)["net"]["w"].shape == (1 << 20,)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
