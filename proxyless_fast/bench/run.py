@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..io.files import atomic, require_writable
+from ..report.ends import Parser, command_line, ended, say
 from . import blocks, gate, linear, memory, steps
 from .baselines import BASELINES, MODES, Settings
 from .measure import MatmulRate, machine, machine_line
@@ -51,7 +54,7 @@ baselines
 def parser() -> argparse.ArgumentParser:
     """The options of `make bench` and `proxyless-fast bench`."""
     listed = "\n".join(f"  {b.name:22}  {b.description}" for b in BASELINES.values())
-    options = argparse.ArgumentParser(
+    options = Parser(
         "proxyless-fast bench",
         description="Time and memory of search steps, beside every alternative, in one run. No figure is printed for a "
         "baseline whose loss or gradients are wrong: the run then ends with exit code 1 and says which.",
@@ -85,15 +88,21 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmarks. Returns 0; 1 where the correctness gate trips. Wrong options exit with code 2."""
+@command_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks. Returns 0; 1 where the correctness gate trips; 2, 70 and 130 as `report.ends.ended` says."""
     options = parser()
     args = options.parse_args(argv)
     for name, value in (QUICK if args.quick else USUAL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     names = _baselines(options, args)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    return ended("bench", lambda: _run(args, names), args.out)
+
+
+def _run(args: argparse.Namespace, names: list[str]) -> int:
+    require_writable(args.out)
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
     torch.set_num_threads(args.threads)
     settings = Settings(args.space, args.resolution, args.batch, args.threads, args.official, args.seed)
     report: dict[str, Any] = {"machine": machine(), "settings": settings.to_dict(), "skipped": {}, "rows": []}
@@ -101,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         measure(report, names, settings, args.kinds, args.steps, lambda text: console.print(text, style="dim"))
     except gate.GateError as error:
-        print(f"proxyless-fast bench: {error}", file=sys.stderr)
-        return 1
+        return say("proxyless-fast bench", str(error), 1)
     for name, reason in report["skipped"].items():
         console.print(f"{name} was left out: {reason}", highlight=False)
     for table in tables(report["rows"]):
@@ -231,14 +239,16 @@ def _block_table(rows: list[dict[str, Any]]) -> Table:
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """bench.json, everything; bench.csv, the rows below a comment that names the machine."""
-    folder.mkdir(parents=True, exist_ok=True)
     whole, tidy = folder / "bench.json", folder / "bench.csv"
-    whole.write_text(json.dumps(report, indent=1) + "\n")
-    with tidy.open("w", newline="") as file:
-        file.write(f"# {machine_line(report['machine'])}\n")
-        rows = csv.DictWriter(file, COLUMNS, restval="")
-        rows.writeheader()
-        rows.writerows(report["rows"])
+    with atomic(whole) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    text = io.StringIO(newline="")
+    text.write(f"# {machine_line(report['machine'])}\n")
+    rows = csv.DictWriter(text, COLUMNS, restval="")
+    rows.writeheader()
+    rows.writerows(report["rows"])
+    with atomic(tidy) as temporary:
+        temporary.write_bytes(text.getvalue().encode())
     return [whole, tidy]
 
 

@@ -1,13 +1,16 @@
-"""Command line: every wrong input ends with exit code 2 and one sentence."""
+"""Command line: every wrong input ends with exit code 2 and one sentence, every fault of ours with 70 and another."""
 
 import logging
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from ..io.files import require_writable
 from ..report import print_report
-from . import stages
+from ..report.ends import command_line, ended
+from . import device, stages
 from .parser import build_parser
 from .run import Run
 
@@ -21,27 +24,17 @@ CHAIN: dict[str, Callable] = {
 }
 
 
+@command_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns its exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
+    """Runs one subcommand; returns its exit code: 0, 2 for wrong input, 70 for a fault of ours, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:  # has options of its own
         from ..bench.run import main as bench  # imports much that no other command needs
 
         return bench(arguments[1:])
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("proxyless_fast").setLevel(logging.INFO)
-    try:
-        _run(args)
-    except KeyboardInterrupt as error:
-        return _say(args.command, str(error) or "stopped", 130)
-    except LookupError as error:
-        # str() of a plain KeyError would be the repr of its message.
-        plain = type(error) is KeyError and error.args
-        return _say(args.command, str(error.args[0] if plain else error), 2)
-    except (ValueError, OSError) as error:
-        return _say(args.command, str(error), 2)
-    return 0
+    with _messages():
+        return ended(args.command, lambda: _run(args), args.run)
 
 
 def _run(args: Namespace) -> None:
@@ -51,6 +44,10 @@ def _run(args: Namespace) -> None:
             raise FileNotFoundError(f"{run.report_file}: no such file, expected the report of an earlier stage")
         print_report(run.report(), run.folder)
         return
+    # What a stage would meet after its work is told before it.
+    device.check(args)
+    require_writable(run.folder)
+    run.report()
     CHAIN[args.command](run, args)
     if args.command == "search" and args.all:
         for stage in ("derive", "train", "eval", "export"):
@@ -59,6 +56,16 @@ def _run(args: Namespace) -> None:
         print_report(run.report(), run.folder)
 
 
-def _say(command: str, message: str, code: int) -> int:
-    print(f"proxyless-fast {command}: {' '.join(message.split())}", file=sys.stderr)
-    return code
+@contextmanager
+def _messages() -> Iterator[None]:
+    """What is logged is printed; of the package, also what is no warning."""
+    handler, root, own = logging.StreamHandler(sys.stdout), logging.getLogger(), logging.getLogger("proxyless_fast")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = own.level
+    root.addHandler(handler)
+    own.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        own.setLevel(level)

@@ -2,8 +2,9 @@
 
 import argparse
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
+from ..report.ends import Parser
 from ..search import SearchConfig, TrainConfig
 from ..search.config import RENAMED
 from . import defaults
@@ -81,13 +82,6 @@ SUMMARIES = {
     "export": "write the network as ONNX and measure it",
     "report": "print the table of a run",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,14 +25,19 @@ class Run:
         self.report_file = self.folder / "report.json"
 
     def need(self, path: Path, command: str) -> Path:
-        """path, if it is there. Raises FileNotFoundError that names the command which writes it."""
+        """path, if it is there. Raises FileNotFoundError that names the command which writes it.
+
+        ValueError for a folder, a pipe or a device under its name.
+        """
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: is no regular file, expected what `proxyless-fast {command}` writes")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected what `proxyless-fast {command}` writes")
         return path
 
     def report(self) -> dict[str, Any]:
         """Figures of the stages that have run, by stage. Raises ValueError where report.json is damaged."""
-        if not self.report_file.is_file():
+        if not self.report_file.exists():
             return {}
         report = dict(documents.read(self.report_file, "a report"))
         check(Report, report, str(self.report_file))

@@ -1,7 +1,10 @@
 """The stages, from profile to export; each is a subcommand."""
 
 from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from .. import export as exports
 from ..costs import count_macs, count_parameters
 from ..io.schemas import Description, check
 from ..io.state import load_state
-from ..io.text import plain
+from ..io.text import plain, short
 from ..latency import ExpectedLatency, LatencyTable, measure
 from ..latency import profile as profile_net
 from ..report import describe_blocks
@@ -21,7 +24,7 @@ from ..search import train as train_net
 from ..search.checkpoint import load
 from ..search.progress import console, progress_bar
 from ..supernet import derive as derive_net
-from . import defaults, space
+from . import defaults, device, space
 from .parser import config_of
 from .run import Run
 from .target import choose, parse_target
@@ -93,7 +96,9 @@ def search(run: Run, args: Namespace) -> None:
         latency = None if without else ExpectedLatency(net, _table(run, args.table))
         if args.resume:
             figures |= run.stage("search")
-            found = Search.resume(run.folder, net, splits.train, splits.valid, latency)
+            with _naming(run.report_file):
+                found = Search.resume(run.folder, net, splits.train, splits.valid, latency)
+            _require_same_search(run, found.config.to_dict())
         else:
             target, source = parse_target(args.target, latency)
             config = config_of(SearchConfig, args, name, target_ms=target, seed=data_settings["seed"])
@@ -117,7 +122,9 @@ def derive(run: Run, args: Namespace) -> None:
         searched = run.stage("search")
         state = load(run.folder)
         net = space.build(settings.pop("name"), settings)
-        load_state(net, state["net"], str(run.checkpoint))
+        _require_same_search(run, state["config"])
+        with _naming(run.report_file):
+            load_state(net, state["net"], str(run.checkpoint))
         explicit = args.target if args.command == "derive" else None
         target = searched["target"] if explicit is None else explicit
         latency, error = None, 0.0
@@ -230,12 +237,7 @@ def _resolution(run: Run) -> int | None:
 
 
 def _prepare(net: nn.Module, args: Namespace) -> nn.Module:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: got {device!r}, expected a device of this machine ({reason})") from error
+    return net.to(device.of(args), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _table(run: Run, path: str | None) -> LatencyTable:
@@ -249,6 +251,38 @@ def _table(run: Run, path: str | None) -> LatencyTable:
 
 def _load_derived(run: Run, weights: bool = True) -> nn.Module:
     net = exports.load_architecture(run.need(run.architecture, "derive"))
+    _require_costs(net, run.report().get("derive", {}), run.architecture, run.report_file)
     if weights:
-        exports.load_weights(net, run.need(run.weights, "derive"))
+        with _naming(run.architecture):
+            exports.load_weights(net, run.need(run.weights, "derive"))
     return net
+
+
+def _require_same_search(run: Run, config: Mapping[str, Any]) -> None:
+    """Raises ValueError where checkpoint.pt has other settings than report.json: one of the two is of another run."""
+    searched = run.stage("search")
+    for name, value in {**config, "target": config.get("target_ms", config.get("target"))}.items():
+        if name in searched and searched[name] != value:
+            raise ValueError(
+                f"{run.checkpoint}: {name} is {short(value)}, expected {short(searched[name])} as in {run.report_file}"
+            )
+
+
+def _require_costs(net: nn.Module, said: Mapping[str, Any], architecture: Path, source: Path) -> None:
+    """Raises ValueError where a file says other costs of the net than it has: one of the two files is of another."""
+    for name, count in (("parameters", count_parameters), ("macs", count_macs)):
+        if name in said and said[name] != count(net):
+            raise ValueError(
+                f"{source}: {name} must be {count(net):,}, as the net of {architecture} has, got {short(said[name])}"
+            )
+
+
+@contextmanager
+def _naming(description: Path) -> Iterator[None]:
+    """Where weights do not fit the net, the sentence also names the file that describes it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("does not fit the net:", f"does not fit the net of {description}:")
+        ) from error

@@ -36,10 +36,15 @@ def describe_blocks(net: nn.Module, choices: Mapping[str, int]) -> list[dict[str
     return blocks
 
 
-def block_lines(blocks: list[dict[str, Any]]) -> list[str]:
-    """One line per block: label, name, size, channels, stride, expand and kernel where it has them, probability bar."""
+def block_lines(blocks: list[dict[str, Any]], ascii_only: bool = False) -> list[str]:
+    """One line per block: label, name, size, channels, stride, expand and kernel where it has them, probability bar.
+
+    ascii_only: for a terminal that could not show the bar's blocks.
+    """
     width = max((len(block["label"]) for block in blocks), default=0)
-    return [f"{block['label']:<{width}}  {_operation(block)}  {_bar(block['probability'])}" for block in blocks]
+    return [
+        f"{block['label']:<{width}}  {_operation(block)}  {_bar(block['probability'], ascii_only)}" for block in blocks
+    ]
 
 
 def _operation(block: dict[str, Any]) -> str:
@@ -52,6 +57,6 @@ def _operation(block: dict[str, Any]) -> str:
     return f"{block['name']:<14} {'  '.join(parts):<55}"
 
 
-def _bar(probability: float) -> str:
-    full = round(BAR * probability)
-    return f"{'█' * full}{'░' * (BAR - full)} {probability:.2f}"
+def _bar(probability: float, ascii_only: bool) -> str:
+    full, (dark, light) = round(BAR * probability), "#." if ascii_only else "█░"
+    return f"{dark * full}{light * (BAR - full)} {probability:.2f}"

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..io.text import printable
 from .architecture import block_lines
 
 STAGES = ("profile", "search", "derive", "train", "eval", "export")
@@ -13,13 +14,14 @@ STAGES = ("profile", "search", "derive", "train", "eval", "export")
 
 def print_report(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
     """Prints what is known of a run: latencies, accuracy, size, the architecture, files and times."""
-    console = console or Console(highlight=False, markup=False)
-    table = Table(title=str(folder), title_justify="left", show_header=False)
-    for name, value in _rows(report):
-        table.add_row(name, value)
+    console, name = console or Console(highlight=False, markup=False, emoji=False), printable(folder)
+    console.print(name, soft_wrap=True)  # as a table's title it would be folded
+    table = Table(show_header=False)
+    for row in _rows(report):
+        table.add_row(*row)
     console.print(table)
     if "derive" in report:
-        for line in block_lines(report["derive"]["blocks"]):
+        for line in block_lines(report["derive"]["blocks"], console.options.ascii_only):
             console.print(line, soft_wrap=True)
         console.print(report["derive"]["note"], soft_wrap=True)
     seconds = {stage: report[stage]["seconds"] for stage in STAGES if stage in report}
@@ -27,7 +29,7 @@ def print_report(report: dict[str, Any], folder: Path, console: Console | None =
     total = report.get("total", {}).get("seconds", sum(seconds.values()))
     console.print(f"time: {times}  total {_time(total)}", soft_wrap=True)
     files = [stage_file for stage in STAGES for stage_file in report.get(stage, {}).get("files", ())]
-    console.print(f"files in {folder}: {', '.join(dict.fromkeys([*files, 'report.json']))}", soft_wrap=True)
+    console.print(f"files in {name}: {', '.join(dict.fromkeys([*files, 'report.json']))}", soft_wrap=True)
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
