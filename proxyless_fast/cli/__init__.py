@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from ..io.files import require_writable
 from ..report import print_report
 from ..report.ends import command_line, ended
-from . import device, stages
+from . import checks, stages
 from .parser import build_parser
 from .run import Run
 
@@ -45,7 +45,7 @@ def _run(args: Namespace) -> None:
         print_report(run.report(), run.folder)
         return
     # What a stage would meet after its work is told before it.
-    device.check(args)
+    checks.check(args)
     require_writable(run.folder)
     run.report()
     CHAIN[args.command](run, args)

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..costs import count_macs, count_parameters
 from ..io.schemas import Description, check
 from ..io.state import load_state
 from ..io.text import plain, short
-from ..latency import ExpectedLatency, LatencyTable, measure
+from ..latency import ExpectedLatency, LatencyTable, MissingKey, measure
 from ..latency import profile as profile_net
 from ..report import describe_blocks
 from ..search import Search, SearchConfig, TrainConfig, evaluate
@@ -24,7 +24,7 @@ from ..search import train as train_net
 from ..search.checkpoint import load
 from ..search.progress import console, progress_bar
 from ..supernet import derive as derive_net
-from . import defaults, device, space
+from . import checks, defaults, space
 from .parser import config_of
 from .run import Run
 from .target import choose, parse_target
@@ -35,7 +35,7 @@ SPACE_OPTIONS = ("num_classes", "in_channels", "resolution", "width", "candidate
 def profile(run: Run, args: Namespace, net: nn.Module | None = None) -> None:
     """Measures this machine and writes latency.yaml."""
     with run.timed("profile") as figures:
-        name, given = args.space or "small", _given(args, SPACE_OPTIONS)
+        name, given = "small" if args.space is None else args.space, _given(args, SPACE_OPTIONS)
         alone = net is None
         net = space.build(name, given) if net is None else net
         progress, task = progress_bar("profile", args.repeats)
@@ -68,7 +68,7 @@ def search(run: Run, args: Namespace) -> None:
         splits, _ = _load_splits(run, args, settings["name"], settings["resolution"], data_settings)
     else:
         stored = {} if args.all else dict(run.report().get("space", {}))
-        settings = stored | _given(args, SPACE_OPTIONS) | ({"name": args.space} if args.space else {})
+        settings = stored | _given(args, SPACE_OPTIONS) | ({} if args.space is None else {"name": args.space})
         settings.setdefault("name", "small")
         if settings["name"] not in space.SPACES:
             space.build(settings["name"], {})
@@ -88,12 +88,13 @@ def search(run: Run, args: Namespace) -> None:
     config_of(TrainConfig, args, name, prefix="train_")
     torch.manual_seed(data_settings["seed"])
     net = _prepare(space.build(name, settings), args)
-    if args.all and not (args.table or args.no_latency or args.resume):
+    if args.all and args.table is None and not (args.no_latency or args.resume):
         profile(run, args, net)
 
     with run.timed("search") as figures:
         without = run.stage("search")["target"] is None if args.resume else args.no_latency
-        latency = None if without else ExpectedLatency(net, _table(run, args.table))
+        with _naming(run.report_file) if args.resume else nullcontext():
+            latency = None if without else ExpectedLatency(net, _table(run, args.table))
         if args.resume:
             figures |= run.stage("search")
             with _naming(run.report_file):
@@ -130,7 +131,8 @@ def derive(run: Run, args: Namespace) -> None:
         latency, error = None, 0.0
         if target is not None:
             table = LatencyTable.load(run.need(run.latency, "profile"))
-            latency, error = ExpectedLatency(net, table), table.header.get("path_error", 0.0)
+            with _naming(run.report_file):
+                latency, error = ExpectedLatency(net, table), table.header.get("path_error", 0.0)
         choices, figures["note"] = choose(net, latency, target, error)
         figures["target"] = target
         figures["predicted"] = None if latency is None else latency.of_choices(choices)
@@ -148,9 +150,11 @@ def train(run: Run, args: Namespace) -> None:
     """Trains the derived net on all training images, from inherited weights or from scratch."""
     with run.timed("train") as figures:
         name = run.stage("space")["name"]
-        splits, data_settings = _load_splits(run, args, name, _resolution(run), run.stage("data"), valid_fraction=0.0)
         scratch = getattr(args, "from_scratch", False)
         config = config_of(TrainConfig, args, name, prefix="train_" if args.command == "search" else "")
+        plain = _load_derived(run, weights=False)
+        splits, data_settings = _load_splits(run, args, name, plain.resolution, run.stage("data"), valid_fraction=0.0)
+        _require_shape(plain, splits, data_settings["name"], run.architecture)
         torch.manual_seed(data_settings["seed"])
         net = _prepare(_load_derived(run, weights=not scratch), args)
         train_net(net, splits.train, config, log=run.folder / "train.jsonl")
@@ -163,10 +167,12 @@ def train(run: Run, args: Namespace) -> None:
 def eval(run: Run, args: Namespace) -> None:
     """Top-1 and top-5 on the test images."""
     with run.timed("eval") as figures:
-        settings = run.report().get("data", {})
+        net = _load_derived(run)
+        settings = run.stage("data") if args.data is None else run.report().get("data", {})
         name = run.report().get("space", {}).get("name", "small")
-        splits, data_settings = _load_splits(run, args, name, _resolution(run), settings, valid_fraction=0.0)
-        accuracy = evaluate(_prepare(_load_derived(run), args), splits.test)
+        splits, data_settings = _load_splits(run, args, name, net.resolution, settings, valid_fraction=0.0)
+        _require_shape(net, splits, data_settings["name"], run.architecture)
+        accuracy = evaluate(_prepare(net, args), splits.test)
         figures |= {**asdict(accuracy), "data": data_settings["name"]}
     console.print(f"eval: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images:,} test images")
 
@@ -189,6 +195,8 @@ def _require_same(args: Namespace, started: dict[str, Any]) -> None:
         if name != "target" and value != started[name]:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: got {value} with --resume, expected {started[name]} as the search was started")
+    if args.no_latency and started.get("target") is not None:
+        raise ValueError("--no-latency: got it with --resume, expected the target that the search was started with")
     if args.target is not None or args.table is not None:
         raise ValueError("--resume: got a target or a table with it, expected those that the search was started with")
 
@@ -198,16 +206,14 @@ def _given(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _load_splits(
-    run: Run, args: Namespace, space_name: str, resolution: int | None, stored: dict[str, Any], **fixed: Any
+    run: Run, args: Namespace, space_name: str, resolution: Any, stored: dict[str, Any], **fixed: Any
 ) -> tuple[data.Splits, dict[str, Any]]:
     """Loaders, and the settings that load them again: options that were given, else the run's, else the space's."""
     own = {"name": defaults.DATA[space_name], "seed": 0, **defaults.LOADER[space_name], **stored}
-    given = _given(args, ("batch_size", "seed", "valid_fraction", "shift")) | ({"name": args.data} if args.data else {})
-    settings = own | given
+    given = {} if args.data is None else {"name": args.data}
+    settings = own | given | _given(args, ("batch_size", "seed", "valid_fraction", "shift"))
     if settings["name"] is None:
         raise ValueError(f"--data: got none, expected an image folder for space {space_name!r}")
-    if settings["shift"] < 0:
-        raise ValueError(f"--shift: got {settings['shift']}, expected at least 0")
     options = {key: settings[key] for key in ("batch_size", "seed", "valid_fraction")} | fixed
     splits = data.loaders(settings["name"], resolution=resolution, workers=args.workers, **options)
     if isinstance(splits.train, data.memory.MemoryLoader):
@@ -232,12 +238,8 @@ def _description(data_settings: dict[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
-def _resolution(run: Run) -> int | None:
-    return run.report().get("space", {}).get("resolution")
-
-
 def _prepare(net: nn.Module, args: Namespace) -> nn.Module:
-    return net.to(device.of(args), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net.to(checks.device_of(args), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _table(run: Run, path: str | None) -> LatencyTable:
@@ -268,20 +270,36 @@ def _require_same_search(run: Run, config: Mapping[str, Any]) -> None:
             )
 
 
+def _require_shape(net: Any, splits: data.Splits, name: str, architecture: Path) -> None:
+    """Raises ValueError where images are not of the channels and classes that the net has."""
+    for what, own, given in (
+        ("classes", net.num_classes, splits.num_classes),
+        ("channels", net.in_channels, splits.in_channels),
+    ):
+        if own != given:
+            raise ValueError(f"{name}: has images of {given} {what}, expected {own} as the net of {architecture} has")
+
+
 def _require_costs(net: nn.Module, said: Mapping[str, Any], architecture: Path, source: Path) -> None:
     """Raises ValueError where a file says other costs of the net than it has: one of the two files is of another."""
-    for name, count in (("parameters", count_parameters), ("macs", count_macs)):
-        if name in said and said[name] != count(net):
+    try:
+        costs = {"parameters": count_parameters(net), "macs": count_macs(net)}
+    except ValueError as error:
+        raise ValueError(f"{architecture}: {error}") from error
+    for name, cost in costs.items():
+        if name in said and said[name] != cost:
             raise ValueError(
-                f"{source}: {name} must be {count(net):,}, as the net of {architecture} has, got {short(said[name])}"
+                f"{source}: {name} must be {cost:,}, as the net of {architecture} has, got {short(said[name])}"
             )
 
 
 @contextmanager
 def _naming(description: Path) -> Iterator[None]:
-    """Where weights do not fit the net, the sentence also names the file that describes it."""
+    """Where weights or a latency table do not fit the net, the sentence also names the file that describes it."""
     try:
         yield
+    except MissingKey as error:
+        raise ValueError(f"{error}, which the space of {description} has") from error
     except ValueError as error:
         raise ValueError(
             str(error).replace("does not fit the net:", f"does not fit the net of {description}:")

@@ -153,9 +153,9 @@ class LatencyTable:
         content: dict[str, Any] = {HEADER: self.header} if self.header else {}
         for key in sorted(self._entries):
             entry = self._entries[key]
-            content[key] = {"count": entry.count, "mean": entry.mean, "var": entry.var}
-            if entry.median is not None:
-                content[key]["median"] = entry.median
+            # The median stands before what must be there, so that a file that was cut within it is refused.
+            median = {} if entry.median is None else {"median": entry.median}
+            content[key] = {"count": entry.count, **median, "mean": entry.mean, "var": entry.var}
         write_yaml(content, path)
         self.path = str(path)
 

@@ -1,6 +1,5 @@
 """What a user of the search tunes, checked when it is built."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from ..checks import is_integer
 
 MODES = ("full", "two", "reinforce")
 OBJECTIVES = ("mul_log", "add_linear")
+MOST = 3.4e38  # of float32, which torch takes the optimizers' numbers in
 
 _AT_LEAST = {
     "epochs": 0, "warmup_epochs": 0, "arch_every": 1, "samples": 1, "seed": 0, "log_every": 1,
@@ -25,7 +25,7 @@ def check(config: Any, field: str, ok: bool, expected: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def check_numbers(

@@ -116,6 +116,8 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _records_before(path: Path, step: int) -> list[bytes]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: is no regular file, expected the log of a search")
     if step == 0 or not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)

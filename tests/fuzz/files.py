@@ -87,6 +87,7 @@ class Files:
         config = export.official(self.chain)[0]
         report = {
             "space": {"name": "small", "resolution": 28, "num_classes": 10, "in_channels": 1},
+            "data": {"name": "x", "batch_size": 8, "seed": 0, "valid_fraction": 0.5, "shift": 2},
             "profile": {"threads": 1, "fastest": 0.1, "slowest": 1.0, "seconds": 1.0},
             "search": {"target": 2.5, "target_source": "as given", "seconds": 1.0},
             "train": {"loss": [1.5], "seconds": 1.0},

@@ -138,7 +138,8 @@ def test_no_name_of_a_candidate_has_more_parameters_than_its_bound():
 def test_reports_are_loose_where_nobody_reads_them():
     space = {"name": "small", "num_classes": 10, "in_channels": 1, "resolution": 28}
     search = {"target": None, "target_source": "", "seconds": 1}
-    report = {"space": {**space, "width": 3, "mine": 1}, "search": {**search, "history": [1]},
+    data = {"name": "x", "batch_size": 8, "seed": 0, "valid_fraction": 0.5, "shift": 2}
+    report = {"space": {**space, "width": 3, "mine": 1}, "data": data, "search": {**search, "history": [1]},
               "profile": {"threads": 1, "fastest": 0.1, "slowest": 1, "seconds": 1},
               "train": {"seconds": 1, "loss": [1]},
               "total": {"seconds": 3.5}, "notes": "mine"}  # fmt: skip
@@ -150,6 +151,7 @@ def test_reports_are_loose_where_nobody_reads_them():
         ("space", {**space, "candidates": [3]}, r"space\.candidates\.0 must be a valid string, got 3"),
         ("search", {**search, "target": "fast"}, r"search\.target must be a number, got 'fast'"),
         ("search", None, "search must be an object, got nothing"),
+        ("data", {**data, "valid_fraction": 1}, r"data\.valid_fraction must be less than 1, got 1"),
         ("derive", {"seconds": 1}, r"derive\.target is missing"),
         ("profile", {**report["profile"], "threads": 0}, r"profile\.threads must be greater than or equal to 1, got 0"),
         ("train", {"seconds": -1}, r"train\.seconds must be greater than or equal to 0, got -1"),

@@ -116,13 +116,16 @@ class Report(Loose):
     @model_validator(mode="before")
     @classmethod
     def _what_is_there_is_something(cls, report: dict[str, Any]) -> dict[str, Any]:
+        if not cls.model_fields.keys() & report.keys():
+            raise ValueError("expected the figures of a stage, got none")
         for name in cls.model_fields:
             if name in report and report[name] is None:
                 raise ValueError(f"{name} must be an object, got nothing")
         return report
 
     @model_validator(mode="after")
-    def _a_target_has_a_search(self) -> Report:
-        if self.derive is not None and self.search is None:
-            raise ValueError("search is missing, and derive is there")
+    def _what_a_stage_went_by_is_there(self) -> Report:
+        for stage, needed in (("derive", "search"), ("search", "data"), ("search", "space")):
+            if getattr(self, stage) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{needed} is missing, and {stage} is there")
         return self
