@@ -5,11 +5,18 @@ what is computed again in backward. A whole net runs module by module under the 
 pass over; this is for the ops by themselves.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
+
+# Where Triton is not installed, the import says so to everybody who never counts a flop.
+_log = logging.getLogger("torch.utils.flop_counter")
+_log.disabled = True
+from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula  # noqa: E402
+
+_log.disabled = False
 
 _OPS = torch.ops.proxyless_fast
 Shape = Sequence[int]
