@@ -9,10 +9,14 @@ too: `offered` passes over what a parent class defines for another forward, and 
     run_gated(x, shortcut=False) -> (output, GateTerm or None)
         forward(x), plus x with `shortcut`, and what the gate's gradient needs in place of the output. None: the output
         itself will do, and it comes without the shortcut.
-    joint_probe(candidates, args, kwargs, grads, shared) -> list of (Tensor or None)
-        A static method. <G, o_j(args)> for each of the candidates that offer this same function, by one call, without
-        autograd; None for one that has to be run by itself. grads: dL/d output of the active candidate's tensors, None
-        where one has no gradient. shared: `GateTerm.shared` of the active candidate, if it offers this function too.
+    probe_plan(*args, **kwargs) -> (plan, weights), or None
+        Called in forward of the mixed op, of a candidate that will be probed: all that `joint_probe` will need of it,
+        and the weights among that, which must not change before backward. None if it has to be run by itself.
+    joint_probe(plans, args, kwargs, grads, shared) -> list of (Tensor or None)
+        A static method, called in backward. <G, o_j(args)> for each of the candidates that gave these plans, by one
+        call, without autograd; None for one that has to be run by itself after all. grads: dL/d output of the active
+        candidate's tensors, None where one has no gradient. shared: `GateTerm.shared` of the active candidate, if it
+        offers this function too.
     why_not_recorded(x) -> str
         Why the launches of forward and backward at x cannot be recorded and replayed, in words; empty if they can.
         `launches_nothing = True` on the class says that by itself it is not worth a recording.

@@ -25,14 +25,14 @@ class FusedArguments(NamedTuple):
     norm: Norm
     stride: int
     activation: str
-    shapes: tuple[torch.Size, ...]
+    shapes: list[torch.Size]
 
     def why_stale(self) -> str:
         """What was done to the weights behind the modules' back (`weight.data = ...`): empty if nothing was.
 
         Padding and groups were read beside weights of these shapes.
         """
-        same = all(p.shape == shape for p, shape in zip(self.params, self.shapes, strict=True))
+        same = [p.shape for p in self.params] == self.shapes
         return "" if same else "a weight has another shape than when the block was read"
 
 
@@ -50,7 +50,7 @@ def gather(
         params += [bn._parameters["weight"], bn._parameters["bias"]]
         running += [bn._buffers["running_mean"], bn._buffers["running_var"]]
     require_tensors([*params, *running])
-    shapes = tuple(p.shape for p in params)
+    shapes = [p.shape for p in params]
     return FusedArguments(params, running, list(norms), common_norm(norms), stride, activation, shapes)
 
 

@@ -31,7 +31,8 @@ class GatedStep(NamedTuple):
 
 def input_versions(args: tuple, kwargs: dict[str, Any]) -> list[int]:
     """How often each tensor among the arguments was changed in place."""
-    return [leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    leaves = args if not kwargs and all(type(a) is Tensor for a in args) else pytree.tree_leaves((args, kwargs))
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def require_unchanged(name: str, before: list[int], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -51,12 +52,41 @@ def attach_gates(step: GatedStep, alpha: Tensor, output: Any, term: GateTerm | N
     if not places:
         raise ValueError(f"candidate {step.names[0]!r} must output a floating-point tensor, got none")
     inputs, input_spec = pytree.tree_flatten((step.args, step.kwargs))
+    probes = [_settle(candidate, step.args, step.kwargs) for candidate in step.candidates[1:]]
     # The tensors among the arguments are autograd's to keep.
     step = step._replace(args=(), kwargs={})
-    gated = _Gates.apply(step, inputs, input_spec, term, alpha, *(leaves[i] for i in places))
+    gated = _Gates.apply(step, probes, inputs, input_spec, term, alpha, *(leaves[i] for i in places))
     for place, tensor in zip(places, gated, strict=True):
         leaves[place] = tensor
     return pytree.tree_unflatten(leaves, spec)
+
+
+class _Probe(NamedTuple):
+    """How a candidate is to be probed in backward, settled in forward: it is that network whose gates are wanted.
+
+    joint: probes several of its kind together, from their plans; None where it is run by itself. weights, versions:
+    what must not change until then, and how often it had been changed in place.
+    """
+
+    joint: Callable | None
+    plan: Any
+    weights: Sequence[Tensor]
+    versions: Sequence[int]
+
+    def same_weights(self, candidate: nn.Module) -> bool:
+        if self.joint is None:
+            return versions_of(candidate) == self.versions
+        return [weight._version for weight in self.weights] == self.versions
+
+
+def _settle(candidate: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Probe:
+    prepare = offered(candidate, "probe_plan")
+    found = None if prepare is None else prepare(*args, **kwargs)
+    if found is None:
+        return _Probe(None, None, (), versions_of(candidate))
+    plan, weights = found
+    joint: Any = candidate.joint_probe
+    return _Probe(joint, plan, weights, [weight._version for weight in weights])
 
 
 class _Gates(torch.autograd.Function):
@@ -67,12 +97,18 @@ class _Gates(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, step: GatedStep, inputs: list, input_spec: Any, term: GateTerm | None, alpha: Tensor, *outputs: Tensor
+        ctx,
+        step: GatedStep,
+        probes: list[_Probe],
+        inputs: list,
+        input_spec: Any,
+        term: GateTerm | None,
+        alpha: Tensor,
+        *outputs: Tensor,
     ):
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-        ctx.step, ctx.input_spec = step, input_spec
-        ctx.versions = [versions_of(candidate) for candidate in step.candidates[1:]]
+        ctx.step, ctx.probes, ctx.input_spec = step, probes, input_spec
         device = outputs[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
@@ -87,9 +123,9 @@ class _Gates(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         alpha, *saved = ctx.saved_tensors
         own, tensors = saved[: ctx.own], saved[ctx.own :]
-        if all(g is None for g in grads) or not ctx.needs_input_grad[4]:
-            return None, None, None, None, None, *grads
-        _require_same_weights(ctx.step, ctx.versions)
+        if all(g is None for g in grads) or not ctx.needs_input_grad[5]:
+            return None, None, None, None, None, None, *grads
+        _require_same_weights(ctx.step, ctx.probes)
         inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
         args, kwargs = pytree.tree_unflatten(inputs, ctx.input_spec)
         step: GatedStep = ctx.step._replace(args=args, kwargs=kwargs)
@@ -97,18 +133,15 @@ class _Gates(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
             term = ctx.dot is not None and grads[0] is not None
             gates = [ctx.dot(grads[0], own) if term else _gate(grads, own)]
-            gates += _probes(step, grads, ctx.shared)
+            gates += _run_probes(step, ctx.probes, grads, ctx.shared)
         gradient = _alpha_gradient(alpha, dict(zip(step.indices, gates, strict=True)), step.pair)
-        return None, None, None, None, gradient, *grads
+        return None, None, None, None, None, gradient, *grads
 
 
-def _require_same_weights(step: GatedStep, versions: list[tuple]) -> None:
-    """Raises RuntimeError, as autograd does for what it saved, where a weight of a probe is not what it was in forward.
-
-    Probes run in backward; with other weights their gates would be those of another network.
-    """
-    for name, candidate, before in zip(step.names[1:], step.candidates[1:], versions, strict=True):
-        if versions_of(candidate) != before:
+def _require_same_weights(step: GatedStep, probes: Sequence[_Probe]) -> None:
+    """Raises RuntimeError, as autograd does, where a weight of a probe is not what it was in forward."""
+    for name, candidate, probe in zip(step.names[1:], step.candidates[1:], probes, strict=True):
+        if not probe.same_weights(candidate):
             raise RuntimeError(
                 f"a weight of candidate {name!r} was changed or replaced between forward and backward, where it is "
                 "probed; call backward before the weights change"
@@ -137,28 +170,25 @@ def _gate(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensor:
     return torch.stack([dot(o.detach(), g) for g, o in zip(grads, outputs, strict=True) if g is not None]).sum()
 
 
-def _probes(step: GatedStep, grads: Sequence[Tensor | None], shared: Any) -> list[Tensor]:
+def _run_probes(step: GatedStep, probes: Sequence[_Probe], grads: Sequence[Tensor | None], shared: Any) -> list[Tensor]:
     """The gate gradients of all candidates but the active one: those that offer it together, the others one at a time.
 
     shared: what the active candidate hands to probes of its own family.
     """
-    active, *probed = step.candidates
     device = next(g.device for g in grads if g is not None)
-    gates: list[Tensor | None] = [None] * len(probed)
+    gates: list[Tensor | None] = [None] * len(probes)
     families: dict[Callable, list[int]] = {}
-    for place, candidate in enumerate(probed):
-        family = offered(candidate, "joint_probe")
+    for place, (candidate, probe) in enumerate(zip(step.candidates[1:], probes, strict=True)):
         if defined_with_forward(type(candidate), "outputs_zeros"):
             gates[place] = torch.zeros((), device=device)  # <G, 0>, without a copy from the host
-        elif family is not None:
-            families.setdefault(family, []).append(place)
-    for family, places in families.items():
-        own = shared if offered(active, "joint_probe") is family else None
-        found = family([probed[i] for i in places], step.args, step.kwargs, grads, own)
+        elif probe.joint is not None:
+            families.setdefault(probe.joint, []).append(place)
+    for joint, places in families.items():
+        own = shared if offered(step.candidates[0], "joint_probe") is joint else None
+        found = joint([probes[i].plan for i in places], step.args, step.kwargs, grads, own)
         for place, gate in zip(places, found, strict=True):
             gates[place] = gate
-    alone = (_probe(step, place + 1, grads) if gate is None else gate for place, gate in enumerate(gates))
-    return list(alone)
+    return [_probe(step, place + 1, grads) if gate is None else gate for place, gate in enumerate(gates)]
 
 
 def _probe(step: GatedStep, place: int, grads: Sequence[Tensor | None]) -> Tensor:

@@ -67,6 +67,7 @@ class MixedOp(nn.Module):
         self.graphs: Callable | None = None  # proxyless_fast.set_graphs
         self.gated_indices: tuple[int, ...] = (0,)
         self._pair_mass: Tensor | None = None
+        self._intact: tuple[Tensor, int] | None = None  # the mask, and its version, in which nothing was pruned
 
     def __len__(self) -> int:
         return len(self.names)
@@ -82,7 +83,12 @@ class MixedOp(nn.Module):
         return int(candidate)
 
     def logits(self) -> Tensor:
-        """alpha, with -inf for the pruned candidates, (N,), differentiable: what p is the softmax of."""
+        """alpha, with -inf for the pruned candidates, (N,), differentiable: what p is the softmax of.
+
+        alpha itself where sampling has found that nothing is pruned.
+        """
+        if self._intact is not None and self._intact[0] is self.pruned and self._intact[1] == self.pruned._version:
+            return self.alpha
         return self.alpha.masked_fill(self.pruned, -torch.inf)
 
     def probabilities(self) -> Tensor:
@@ -131,6 +137,7 @@ class MixedOp(nn.Module):
     def set_path(self, active: int, mode: Mode, partner: int | None, alive: Sequence[bool]) -> None:
         """`activate` with checked arguments; alive: which candidates are not pruned, so that none is read again."""
         self.active, self.mode, self.partner = active, mode, partner
+        self._intact = (self.pruned, self.pruned._version) if all(alive) else None
         if mode == "full":
             self.gated_indices = (active, *(i for i in range(len(self)) if alive[i] and i != active))
         else:

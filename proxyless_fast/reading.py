@@ -153,7 +153,7 @@ def common_norm(norms: Sequence[nn.BatchNorm2d]) -> Norm:
 class Snapshot:
     """What was read off some modules, valid for as long as they are the very objects that it was read from."""
 
-    def __init__(self, seen: tuple[Any, ...], hooked: bool, value: Any) -> None:
+    def __init__(self, seen: tuple[tuple, bytes], hooked: bool, value: Any) -> None:
         self._seen, self._hooked, self._value = seen, hooked, value
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -171,7 +171,7 @@ class Snapshot:
         if torch.compiler.is_compiling():
             return _or_reason(read)
         kept, hooked = module.__dict__.get("_snapshot"), torch_module._has_any_global_hook()
-        if kept is None or kept._hooked is not hooked or not has_objects(module, kept._seen):
+        if kept is None or kept._hooked is not hooked or not has_objects(module, *kept._seen):
             # What is read is what is there now: the objects are taken before.
             seen = objects_of(module)
             kept = module.__dict__["_snapshot"] = Snapshot(seen, hooked, _or_reason(read))

@@ -9,12 +9,12 @@ from proxyless_fast.candidates import GateTerm, offered
 from tests.test_cuda_graphs import Again
 
 
-def probe_scales(scales, args, kwargs, grads, shared=None):
+def probe_scales(factors, args, kwargs, grads, shared=None):
     """<G, s x> = s <G, x>: all candidates of a layer need one product."""
     ((x,), (grad,)) = args, grads
-    Scale.calls.append(("probe", len(scales), shared is not None))
+    Scale.calls.append(("probe", len(factors), shared is not None))
     dot = (grad * x).sum()
-    return [scale.by.detach() * dot for scale in scales]
+    return [by.detach() * dot for by in factors]
 
 
 def _by_input(grad: Tensor, tensors) -> Tensor:
@@ -43,6 +43,9 @@ class Scale(nn.Module):
         Scale.calls.append("run_gated")
         out = (self.by + 1) * x if shortcut else self.by * x
         return out, GateTerm((x.detach(), self.by.detach()), _by_input, shared="of the input")
+
+    def probe_plan(self, x: Tensor):
+        return self.by, (self.by,)
 
     joint_probe = staticmethod(probe_scales)
 

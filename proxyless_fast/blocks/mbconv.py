@@ -14,7 +14,7 @@ from ..checks import check_positive
 from ..costs import OpShape, conv_output, count_elements
 from ..fusion import FusedArguments, Fusible, count_batch, gather, why_not_now
 from ..ops.batch_norm import norm_dot
-from ..ops.mbconv import can_run_mbconv, mbconv, mbconv_before_norm, probe
+from ..ops.mbconv import mbconv, mbconv_before_norm, probe, why_not_block, why_not_input
 from ..ops.statistics import gram
 from ..reading import Snapshot, Stage, Unreadable, read_stage, require_unhooked
 from .parts import activation, batch_norm, check_odd, conv2d
@@ -29,7 +29,7 @@ def _norm_term(grad: Tensor, tensors: Sequence[Tensor], eps: float) -> Tensor:
 
 
 def probe_blocks(
-    blocks: Sequence[nn.Module],
+    plans: Sequence[FusedArguments],
     args: tuple,
     kwargs: dict[str, Any],
     grads: Sequence[Tensor | None],
@@ -37,27 +37,24 @@ def probe_blocks(
 ) -> list[Tensor | None]:
     """Gate gradients <G, o(x)> of MBConvs, in one call for each kind of block: `joint_probe` of the candidate protocol.
 
-    None for what the fused engine does not take. shared: mean and covariance of x, if the caller has them. Running
-    statistics move as if each block had run. No autograd.
+    shared: mean and covariance of x, if the caller has them. Running statistics move as if each block had run. No
+    autograd.
     """
-    gates: list[Tensor | None] = [None] * len(blocks)
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or len(grads) != 1 or grads[0] is None:
+    gates: list[Tensor | None] = [None] * len(plans)
+    if len(grads) != 1 or grads[0] is None:
         return gates
     x, grad = args[0], grads[0]
-    kinds: dict[tuple, list[tuple[int, FusedArguments]]] = {}
-    for place, block in enumerate(blocks):
-        if isinstance(block, MBConv):
-            _, plan = block._plan(x)
-            if plan is not None:
-                kinds.setdefault((plan.stride, plan.activation, plan.norm), []).append((place, plan))
-    for (stride, act, norm), members in kinds.items():
-        plans = [plan for _, plan in members]
-        params, running = [plan.params for plan in plans], [plan.running for plan in plans]
+    kinds: dict[tuple, list[int]] = {}
+    for place, plan in enumerate(plans):
+        kinds.setdefault((plan.stride, plan.activation, plan.norm), []).append(place)
+    for (stride, act, norm), places in kinds.items():
+        alike = [plans[place] for place in places]
+        params, running = [plan.params for plan in alike], [plan.running for plan in alike]
         values = probe(x, grad, params, running, stride=stride, activation=act, gram=shared, **norm._asdict())
-        for (place, _), value in zip(members, values.unbind(), strict=True):
+        for place, value in zip(places, values.unbind(), strict=True):
             gates[place] = value
         if norm.training:
-            count_batch([bn for plan in plans for bn in plan.norms])
+            count_batch([bn for plan in alike for bn in plan.norms])
     return gates
 
 
@@ -228,6 +225,13 @@ class MBConv(Fusible, nn.Module):
         """self(x) + x, summed where the output is written anyway."""
         return self(x, shortcut=True)
 
+    def probe_plan(self, *args: Any, **kwargs: Any) -> tuple[FusedArguments, list[Tensor]] | None:
+        """What `probe_blocks` needs of this block at x, and its weights; None where the fused op does not take it."""
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return None
+        _, plan = self._plan(args[0])
+        return None if plan is None else (plan, plan.params)
+
     joint_probe = staticmethod(probe_blocks)
 
     def why_not_recorded(self, x: Tensor) -> str:
@@ -246,9 +250,7 @@ class MBConv(Fusible, nn.Module):
         found = Snapshot.of(self, self._gather)
         if isinstance(found, Unreadable):
             return str(found), None
-        reason = (
-            found.why_stale() or can_run_mbconv(x, found.params, stride=found.stride, activation=found.activation)[1]
-        )
+        reason = found.why_stale() or why_not_input(x, found.params, found.activation)
         return reason, None if reason else found
 
     def _gather(self) -> FusedArguments:
@@ -258,7 +260,11 @@ class MBConv(Fusible, nn.Module):
         ]
         require_unhooked(module for group in groups for module in (group, *group))
         convs, norms = [stage.conv for stage in stages.all], [stage.norm for stage in stages.all]
-        return gather(convs, norms, stages.depth.conv.stride, stages.depth.activation)
+        found = gather(convs, norms, stages.depth.conv.stride, stages.depth.activation)
+        reason = why_not_block(found.params, found.stride, found.activation)
+        if reason:
+            raise Unreadable(reason)
+        return found
 
     def recomputed(self) -> tuple[int, int]:
         """Of d, the depthwise output: (multiply-accumulates of one value, values per pixel); see `Fusible`."""

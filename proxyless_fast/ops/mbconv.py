@@ -70,37 +70,48 @@ def can_run_mbconv(
     x: Tensor, params: Sequence[Tensor], *, stride: int = 1, activation: str = "relu6"
 ) -> tuple[bool, str]:
     """Whether the fused path takes these arguments: (True, "") or (False, why not, in words)."""
-    if x.device.type not in ("cpu", "cuda"):
-        return False, f"x is on {x.device.type}, and the fused kernels run on CPU and CUDA devices"
-    if x.device.type == "cpu":
-        if x.dtype not in (torch.float32, torch.float64):
-            return False, f"x is {x.dtype}, and the fused kernels take float32 and float64"
-        if any(p.dtype != x.dtype for p in params):
-            return False, f"a parameter has another dtype than x, {x.dtype}"
-        if torch.is_autocast_enabled("cpu"):
-            return False, "autocast is on, and the fused kernels would not see its lower precision"
-    if x.dim() != 4 or x.numel() == 0:
-        return (
-            False,
-            f"x has shape {tuple(x.shape)}, and the fused kernels take (batch, channels, height, width), not empty",
-        )
+    reason = why_not_block(params, stride, activation) or why_not_input(x, params, activation)
+    return not reason, reason
+
+
+def why_not_block(params: Sequence[Tensor], stride: int, activation: str) -> str:
+    """Why the fused path takes no block of these, whatever its input; empty if it does."""
     if len(params) not in (6, 9):
-        return False, f"the block has {len(params)} parameters, not 9, or 6 without an expand convolution"
+        return f"the block has {len(params)} parameters, not 9, or 6 without an expand convolution"
     depthwise = params[-6]
     channels, kernel = depthwise.shape[0], tuple(depthwise.shape[2:])
     if kernel not in ((3, 3), (5, 5), (7, 7)):
-        return False, f"the kernel is {kernel}, and the fused kernels are 3x3, 5x5 and 7x7"
+        return f"the kernel is {kernel}, and the fused kernels are 3x3, 5x5 and 7x7"
     if stride not in (1, 2):
-        return False, f"the stride is {stride}, and the fused kernels have strides 1 and 2"
+        return f"the stride is {stride}, and the fused kernels have strides 1 and 2"
     if activation not in ACTIVATIONS:
-        return False, f"the activation is {activation!r}, and the fused kernels know {', '.join(ACTIVATIONS)}"
+        return f"the activation is {activation!r}, and the fused kernels know {', '.join(ACTIVATIONS)}"
     if depthwise.shape[1] != 1 or params[-3].shape[1:] != (channels, 1, 1):
-        return False, "the middle convolution is not depthwise, or the last is not 1x1 on its channels"
-    if params[0].shape[1:] != (x.shape[1], 1, 1) if len(params) == 9 else channels != x.shape[1]:
-        return False, f"the first convolution does not take the {x.shape[1]} channels of x"
-    if x.device.type == "cuda":
-        return gpu.can_run(_autocast(x[:0]), x.shape[1], params[-3].shape[0], activation)
-    return True, ""
+        return "the middle convolution is not depthwise, or the last is not 1x1 on its channels"
+    if len(params) == 9 and params[0].shape[2:] != (1, 1):
+        return "the first convolution is not 1x1"
+    return ""
+
+
+def why_not_input(x: Tensor, params: Sequence[Tensor], activation: str) -> str:
+    """Why the fused path does not take x, of a block that it takes otherwise; empty if it does."""
+    device = x.device.type
+    if device == "cpu":
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"x is {x.dtype}, and the fused kernels take float32 and float64"
+        if {p.dtype for p in params} != {x.dtype}:
+            return f"a parameter has another dtype than x, {x.dtype}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on, and the fused kernels would not see its lower precision"
+    elif device != "cuda":
+        return f"x is on {device}, and the fused kernels run on CPU and CUDA devices"
+    if x.dim() != 4 or x.numel() == 0:
+        return f"x has shape {tuple(x.shape)}, and the fused kernels take (batch, channels, height, width), not empty"
+    if x.shape[1] != (params[0].shape[1] if len(params) == 9 else params[0].shape[0]):
+        return f"the first convolution does not take the {x.shape[1]} channels of x"
+    if device == "cuda":
+        return gpu.can_run(_autocast(x[:0]), x.shape[1], params[-3].shape[0], activation)[1]
+    return ""
 
 
 def _autocast(x: Tensor) -> Tensor:

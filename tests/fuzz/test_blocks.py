@@ -12,7 +12,7 @@ def test_edited_blocks_compute_what_their_modules_say():
 @pytest.mark.parametrize(
     ("places", "wrong"),
     [
-        (["reading.has_objects"], lambda module, seen: True),
+        (["reading.has_objects"], lambda module, *seen: True),
         (["blocks.mbconv.require_unhooked", "blocks.conv.require_unhooked"], lambda modules: None),
         (["reading.require_plain"], lambda module, kind, place: None),
         (["gates.input_versions", "mixed.input_versions"], lambda args, kwargs: []),
