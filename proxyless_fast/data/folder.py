@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -96,9 +97,17 @@ def _collate(items: list) -> tuple[list[Tensor] | None, dict[str, str]]:
     return default_collate(readable) if readable else None, damaged
 
 
-def _quiet(worker: int) -> None:
-    """What Pillow warns of in a worker has no reader: what matters comes back as the sentence about the file."""
+def _subordinate(worker: int) -> None:
+    """A worker leaves words and ends to the main process.
+
+    What Pillow warns of has no reader there: what matters comes back as the sentence about the file. And what a
+    terminal sends to all processes of a run must not end the workers of a step that is to be finished. SIGTERM is left:
+    by it Python ends the workers itself.
+    """
     warnings.simplefilter("ignore")
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Order(Sampler):
@@ -150,7 +159,7 @@ class FolderLoader:
             num_workers=workers,
             drop_last=drop_last,
             persistent_workers=workers > 0,
-            worker_init_fn=_quiet,
+            worker_init_fn=_subordinate,
             generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,14 +1,27 @@
-"""Net, latency and data have to speak of the same images: a latency at another resolution would steer the search."""
+"""What a search needs before it starts: one process, and net, latency and data that speak of the same images."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch.distributed
 from torch import Tensor, nn
 
 from ..checks import unwrapped
 
 FIELDS = ("in_channels", "resolution", "num_classes")
+
+
+def require_one_process() -> None:
+    """Raises ValueError in one of several processes of a launcher: each would search, or train, by itself."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = str(torch.distributed.get_world_size())
+    if size != "1":
+        raise ValueError(
+            f"WORLD_SIZE: got {size} processes, expected one; each would search by itself and overwrite the others"
+        )
 
 
 def require_agreement(net: nn.Module, loader: Any, name: str) -> None:

@@ -32,6 +32,21 @@ def require_finite(
         raise NonFiniteLoss(f"loss: got {value} at {kind} step {step}, expected a finite number; {cause}")
 
 
+def require_finite_gradients(net: nn.Module, parameters: Iterable[nn.Parameter], step: int, kind: str) -> None:
+    """Raises NonFiniteLoss, which names the first weight, where one of the parameters' gradients is not finite.
+
+    To be asked before the optimizer would carry it into the weights. Waits for the device.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads or bool(torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())):
+        return
+    for name, p in net.named_parameters():  # a norm may overflow where no gradient does
+        if p.grad is not None and not _finite(p.grad):
+            raise NonFiniteLoss(
+                f"gradient: that of {name} at {kind} step {step} is not finite; the weights are as before"
+            )
+
+
 def _cause(net: nn.Module, inputs: Any, labels: Tensor, latency: Tensor | None) -> str:
     if labels.numel() == 0:
         return "the batch is empty"

@@ -1,31 +1,56 @@
-"""Ctrl-C between steps, never inside one."""
+"""Signals that ask for an end, heeded between steps and never inside one."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+# What clusters and schedulers send some time before they kill.
+PREEMPTIONS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)  # not everywhere
+
+
+class Preempted(SystemExit):
+    """The work was saved and ended because the system asked for it: exit code 0, since it can be gone on with."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
 
 class Interrupt:
-    """Context: the first Ctrl-C sets `requested`; a second one raises KeyboardInterrupt at once.
+    """Context: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 set `requested`; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    Outside the main thread, where Python delivers no signals, it changes nothing.
+    Outside the main thread, where Python delivers no signals, it changes nothing; nor does it take up what the process
+    was started to ignore (nohup).
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.requested: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if number == signal.SIGINT and self.requested == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = signal.Signals(number)
+
+    def stop(self, message: str) -> BaseException:
+        """What to raise once all is saved: KeyboardInterrupt after Ctrl-C, else Preempted."""
+        if self.requested == signal.SIGINT:
+            return KeyboardInterrupt(message)
+        return Preempted(f"{message} ({signal.Signals(self.requested or 0).name})")
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            for number in (signal.SIGINT, *PREEMPTIONS):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)

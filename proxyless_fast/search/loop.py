@@ -11,10 +11,10 @@ from ..io.state import load_state
 from ..latency import ExpectedLatency, LatencyTable
 from ..supernet import arch_parameters, mixed_ops, rescale, sample, weight_parameters
 from . import checkpoint
-from .agreement import require_agreement, require_images
+from .agreement import require_agreement, require_images, require_one_process
 from .batches import endless_batches, epoch_batches, generator
 from .config import SearchConfig
-from .diagnose import require_finite
+from .diagnose import require_finite, require_finite_gradients
 from .interrupt import Interrupt
 from .journal import Journal
 from .objectives import objective
@@ -36,7 +36,7 @@ class Search:
 
     `history` gets a dict of means after each epoch. Raises ValueError where the net has no mixed op, a loader is empty,
     its images or classes are not the net's, or the target does not suit the table, and NonFiniteLoss (a ValueError)
-    where a loss is NaN or infinite.
+    where a loss or a gradient is NaN or infinite.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Search:
     ) -> None:
         self.net, self.train, self.valid = net, train, valid
         self.config = config = config or SearchConfig()
+        require_one_process()
         self.ops = mixed_ops(net)
         if not self.ops:
             raise ValueError(f"net: {type(net).__name__} has no MixedOp, expected at least one to search")
@@ -80,6 +81,7 @@ class Search:
             loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             self._require_finite(loss, inputs, labels, "weight")
             loss.backward()
+        self._require_finite_gradients(self.weights, "weight")
         self.weight_optimizer.step()
         self.journal.add(self.step, "weight", loss=loss, top1=_top1(logits, labels), lr=lr)
 
@@ -90,6 +92,7 @@ class Search:
         gradient = self._reinforce_gradient if self.config.mode == "reinforce" else self._gate_gradient
         with frozen(self.weights):
             measured = gradient(inputs, labels)
+        self._require_finite_gradients(self.alphas, "arch")
         self.arch_optimizer.step()
         if self.config.mode == "two":
             rescale(self.net)
@@ -130,7 +133,8 @@ class Search:
     def fit(self) -> "Search":
         """Runs all remaining epochs, with a checkpoint after each.
 
-        Ctrl-C saves after the running step and raises KeyboardInterrupt, which says how to go on.
+        Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save after the running step; then KeyboardInterrupt is raised, or Preempted
+        (a SystemExit of code 0), and says how to go on.
         """
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,7 @@ class Search:
                     if self.step % len(self.train) == 0:
                         self._close_epoch(epoch)
                     if interrupt.requested:
-                        self._stop()
+                        raise interrupt.stop(self._saved())
         finally:
             self.journal.close()
         return self
@@ -236,11 +240,19 @@ class Search:
         if isinstance(self.latency, ExpectedLatency):
             require_images(self.net, inputs, name)
 
+    @property
+    def _looks(self) -> bool:
+        """Whether numbers are read in this step: of an accelerator the host has to wait, so only where the log does."""
+        return self.device.type == "cpu" or (self.step + 1) % self.config.log_every == 0
+
+    def _require_finite_gradients(self, parameters: list[nn.Parameter], kind: str) -> None:
+        if self._looks:
+            require_finite_gradients(self.net, parameters, self.step, kind)
+
     def _require_finite(
         self, loss: Tensor, inputs: Any, labels: Tensor, kind: str, latency: Tensor | None = None
     ) -> None:
-        # Reading a loss makes the host wait for an accelerator: there, only where the log waits anyway.
-        if self.device.type == "cpu" or (self.step + 1) % self.config.log_every == 0:
+        if self._looks:
             require_finite(loss, self.net, inputs, labels, self.step, kind, latency)
 
     def _close_epoch(self, epoch: int) -> None:
@@ -257,14 +269,13 @@ class Search:
         if self.out is not None:
             self.save()
 
-    def _stop(self) -> None:
+    def _saved(self) -> str:
+        """Saves, where there is a folder, and says how to go on."""
+        stopped = f"search stopped after step {self.step} of {self.total_steps}"
         if self.out is None:
-            raise KeyboardInterrupt(f"search stopped after step {self.step} of {self.total_steps}")
+            return stopped
         self.save()
-        raise KeyboardInterrupt(
-            f"search stopped after step {self.step} of {self.total_steps}; Search.resume({str(self.out)!r}, ...) or "
-            f"`proxyless-fast search --resume` continues it"
-        )
+        return f"{stopped}; Search.resume({str(self.out)!r}, ...) or `proxyless-fast search --resume` continues it"
 
 
 def _top1(logits: Tensor, labels: Tensor) -> Tensor:

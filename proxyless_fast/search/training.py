@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .agreement import require_one_process
 from .batches import epoch_batches
 from .config import check_numbers
-from .diagnose import require_finite
+from .diagnose import require_finite, require_finite_gradients
 from .journal import Journal
 from .optim import set_cosine_lr, sgd
 from .progress import note, progress_bar, report_epoch
@@ -56,6 +57,7 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
     to write, with tensorboard/ beside it. Raises ValueError for an empty loader, and NonFiniteLoss where the loss is
     NaN or infinite.
     """
+    require_one_process()
     config = config or TrainConfig()
     if len(loader) == 0:
         raise ValueError("loader: got 0 batches, expected at least one")
@@ -79,6 +81,8 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
                     if logged or device.type == "cpu":
                         require_finite(loss, net, inputs, labels, step, "train")
                     loss.backward()
+                    if logged or device.type == "cpu":
+                        require_finite_gradients(net, parameters, step, "train")
                     optimizer.step()
                     top1 = (logits.detach().argmax(1) == labels).float().mean()
                     journal.add(step, "train", loss=loss, top1=top1, lr=lr)

@@ -133,7 +133,8 @@ def test_train_from_scratch_and_without_latency(dataset, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["derive"]["target"] is None
 
 
-def test_ctrl_c_and_resume(finished, dataset, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_and_resume(number, code, finished, dataset, tmp_path, capsys, monkeypatch):
     """Stopped within the search, and resumed, it ends with the bits of the run that was not stopped."""
     run = ["--run", str(tmp_path)]
     options = ["--data", str(dataset), "--table", str(finished / "latency.yaml"), *SMALL_SPACE, *FAST]
@@ -143,11 +144,11 @@ def test_ctrl_c_and_resume(finished, dataset, tmp_path, capsys, monkeypatch):
     def pressing(self, inputs, labels):
         weight_step(self, inputs, labels)
         if self.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Search, "weight_step", pressing)
-        assert main(["search", *run, *options]) == 130
+        assert main(["search", *run, *options]) == code
     assert "--resume" in capsys.readouterr().err
     assert "--batch-size: got 8 with --resume" in fails(capsys, "search", *run, "--resume", "--batch-size", "8")
     assert "--epochs: got 9 with --resume" in fails(capsys, "search", *run, "--resume", "--epochs", "9")

@@ -27,6 +27,7 @@ from proxyless_fast.search import (
     train,
 )
 from proxyless_fast.search.checkpoint import load
+from proxyless_fast.search.interrupt import Preempted
 from proxyless_fast.search.optim import sgd
 from proxyless_fast.search.reinforce import log_probability, surrogate, update_baseline
 from proxyless_fast.supernet import arch_parameters, derive, mixed_ops, sample, weight_parameters
@@ -35,9 +36,9 @@ from proxyless_fast.supernet import arch_parameters, derive, mixed_ops, sample, 
 class Batches:
     """Batches in an order that is a function of (seed, epoch); counts what it served, and can press Ctrl-C."""
 
-    def __init__(self, inputs, labels, batch_size, seed=0, interrupt_after=None):
+    def __init__(self, inputs, labels, batch_size, seed=0, interrupt_after=None, signal=signal.SIGINT):
         self.inputs, self.labels, self.batch_size, self.seed = inputs, labels, batch_size, seed
-        self.interrupt_after, self.served, self.epoch = interrupt_after, 0, 0
+        self.interrupt_after, self.signal, self.served, self.epoch = interrupt_after, signal, 0, 0
 
     def __len__(self):
         return len(self.labels) // self.batch_size
@@ -51,7 +52,7 @@ class Batches:
             rows = order[i * self.batch_size : (i + 1) * self.batch_size]
             self.served += 1
             if self.served == self.interrupt_after:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.signal)
             yield self.inputs[rows], self.labels[rows]
 
 
@@ -433,6 +434,31 @@ def test_resume_continues_to_the_same_bits(tmp_path, mode, interrupted_at):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_what_a_scheduler_sends_saves_the_running_step(tmp_path, number):
+    net = ToyNet()
+    straight = Search(net, *toy_loaders(), config(), toy_times(net), tmp_path / "straight").fit()
+    net, loaders = ToyNet(), toy_loaders(interrupt_after=5)
+    loaders[0].signal = number
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match=rf"after step 5 of 16.*resume.*{number.name}") as stop:
+        Search(net, *loaders, config(), toy_times(net), tmp_path / "resumed").fit()
+    assert stop.value.code == 0 and signal.getsignal(number) == before
+    net = ToyNet(seed=99)
+    resumed = Search.resume(tmp_path / "resumed", net, *toy_loaders(), table=toy_times(net)).fit()
+    assert_same_bits(state_of(straight), state_of(resumed))
+
+
+def test_what_the_process_ignores_it_goes_on_ignoring(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        net, loaders = ToyNet(), toy_loaders(interrupt_after=5)
+        loaders[0].signal = signal.SIGHUP
+        assert Search(net, *loaders, config(), toy_times(net), tmp_path).fit().step == 16
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_resume_drops_records_that_the_checkpoint_does_not_know(tmp_path):
     net, loaders = ToyNet(), toy_loaders(interrupt_after=5)
     with pytest.raises(KeyboardInterrupt):
@@ -584,3 +610,25 @@ def test_net_table_and_data_speak_of_the_same_images():
             step(torch.randn(2, 3, 12, 12), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="another net's mixed ops"):
         Search(copy.deepcopy(net), batches, valid, config(target_ms=10.0), latency)
+
+
+@pytest.mark.parametrize("kind", ["weight", "arch"])
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(kind):
+    net, (batches, valid) = ToyNet(), toy_loaders()
+    search = Search(net, batches, valid, config(), toy_times(net))
+    poisoned = net.classifier.bias if kind == "weight" else net.second.alpha
+    poisoned.register_hook(lambda grad: grad * math.nan)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    name = "classifier.bias" if kind == "weight" else "second.alpha"
+    with pytest.raises(NonFiniteLoss, match=f"that of {name} at {kind} step 0 is not finite"):
+        getattr(search, f"{kind}_step")(*next(iter(valid)))
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_one_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    net = ToyNet()
+    with pytest.raises(ValueError, match="WORLD_SIZE: got 4 processes, expected one"):
+        Search(net, *toy_loaders(), config(), toy_times(net))
+    with pytest.raises(ValueError, match="WORLD_SIZE"):
+        train(derive(net), toy_loaders()[0], TrainConfig(epochs=1))
