@@ -58,7 +58,7 @@ class Entry(Strict):
     count: Count = 1
     mean: Milliseconds
     var: Annotated[Real, Field(ge=0, le=MOST_MS**2)] = 0.0
-    median: Milliseconds = Field(default=None)  # absent, not empty, where it was not measured
+    median: Milliseconds = Field(default=None)  # type: ignore[assignment]  # absent, not empty, if not measured
 
 
 def _some(entries: dict[str, Any]) -> dict[str, Any]:
