@@ -27,6 +27,15 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def told(source: Any, name: str) -> int | None:
+    """An integer that a net or a loader says of itself; None where it does not, or its modules were changed."""
+    try:
+        value = getattr(source, name, None)
+    except ValueError:
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def unwrapped(net: nn.Module) -> nn.Module:
     """The net inside DataParallel, DistributedDataParallel, AveragedModel and what torch.compile returns, else itself.
 

@@ -71,7 +71,9 @@ def cost_of(place: str, module: nn.Module, input: tuple[int, ...], **options: An
     shape = getattr(module, "shape", None)
     own = "shape" in vars(module) or (defined_with_forward(type(module), "shape") and "forward" not in vars(module))
     if not callable(shape) or not own:
-        what = "does not say what it costs" if shape is None else "runs another forward than its shape was written for"
+        what = (
+            "runs another forward than its shape was written for" if callable(shape) else "does not say what it costs"
+        )
         raise ValueError(
             f"{place} is a {type(module).__name__}, which {what}; give it a method shape(input, idskip=0) that returns "
             "an OpShape, or None where it costs nothing (proxyless_fast.costs)"

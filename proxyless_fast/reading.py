@@ -170,7 +170,7 @@ class Snapshot:
         """
         if torch.compiler.is_compiling():
             return _or_reason(read)
-        kept, hooked = module.__dict__.get("_snapshot"), torch_module._has_any_global_hook()
+        kept, hooked = module.__dict__.get("_snapshot"), bool(torch_module._has_any_global_hook())
         if kept is None or kept._hooked is not hooked or not has_objects(module, *kept._seen):
             # What is read is what is there now: the objects are taken before.
             seen = objects_of(module)

@@ -260,3 +260,20 @@ def test_costs_are_those_of_the_forward_that_runs():
     with pytest.raises(ValueError, match="runs another forward"):
         pf.count_macs(net)
     assert Twice(4, 4).fused(torch.randn(1, 4, 8, 8)) == (False, "the block has a forward of its own")
+
+
+def test_hooks_on_every_module_are_run():
+    """torch keeps them beside the modules: no object of the block's changes."""
+    block, x = pf.MBConv(4, 4).double().eval(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    plain = block(x)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output + 1 if isinstance(module, nn.BatchNorm2d) else None
+    )
+    try:
+        assert "hooks" in block.fused(x)[1]
+        torch.testing.assert_close(block(x), by_modules(copy.deepcopy(block), x))
+        assert not torch.allclose(block(x), plain)
+    finally:
+        handle.remove()
+    assert block.fused(x) == (True, "")
+    torch.testing.assert_close(block(x), plain, rtol=0, atol=0)

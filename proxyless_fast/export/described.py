@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from torch import nn
 
-from ..checks import unwrapped
+from ..checks import told, unwrapped
 from ..io import documents
 from ..io.schemas import Description, check
 from ..io.state import read_safetensors
@@ -94,7 +94,7 @@ def _require_fit(found: Mapping[str, Any], net: nn.Module) -> None:
         outputs = _outputs(net)
         if outputs is not None and len(found["classes"]) != outputs:
             raise ValueError(f"classes must be {outputs}, as the outputs of the net are, got {len(found['classes'])}")
-    channels = _told(net, "in_channels")
+    channels = told(net, "in_channels")
     if "preprocessing" in found and channels not in (None, found["preprocessing"]["channels"]):
         got = found["preprocessing"]["channels"]
         raise ValueError(f"preprocessing.channels must be {channels}, as the channels of the net's images, got {got}")
@@ -102,21 +102,13 @@ def _require_fit(found: Mapping[str, Any], net: nn.Module) -> None:
 
 def _outputs(net: nn.Module) -> int | None:
     """As the net tells, else as it gives when run; None where it can do neither."""
-    told = _told(net, "num_classes")
-    if told is not None:
-        return told
+    count = told(net, "num_classes")
+    if count is not None:
+        return count
     try:
         return example_output(plain_copy(net), input_shape_of(net))[1].shape[-1]
     except ValueError:
         return None
-
-
-def _told(net: nn.Module, name: str) -> int | None:
-    try:
-        value = getattr(net, name, None)
-    except ValueError:  # properties of nets that were changed
-        return None
-    return value if isinstance(value, int) else None
 
 
 def _plain(value: Any, key: str) -> Any:

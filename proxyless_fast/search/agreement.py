@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed
 from torch import Tensor, nn
 
-from ..checks import unwrapped
+from ..checks import told, unwrapped
 
 FIELDS = ("in_channels", "resolution", "num_classes")
 
@@ -30,14 +30,14 @@ def require_agreement(net: nn.Module, loader: Any, name: str) -> None:
     net and loader are asked for in_channels, resolution and num_classes; what either does not tell cannot differ.
     """
     for field in FIELDS:
-        ours, theirs = _told(unwrapped(net), field), _told(loader, field)
+        ours, theirs = told(unwrapped(net), field), told(loader, field)
         if ours is not None and theirs is not None and ours != theirs:
             raise ValueError(f"{name}: the loader's {field} is {theirs}, expected the net's, {ours}")
 
 
 def require_images(net: nn.Module, inputs: Any, name: str) -> None:
     """Raises ValueError where a batch of images is of other channels or another size than the net says."""
-    channels, side = (_told(unwrapped(net), field) for field in FIELDS[:2])
+    channels, side = (told(unwrapped(net), field) for field in FIELDS[:2])
     if channels is None or side is None or not isinstance(inputs, Tensor) or inputs.dim() != 4:
         return
     if tuple(inputs.shape[1:]) != (channels, side, side):
@@ -45,8 +45,3 @@ def require_images(net: nn.Module, inputs: Any, name: str) -> None:
             f"{name}: the images have shape {tuple(inputs.shape[1:])}, expected {(channels, side, side)}, of which the "
             "net's latency is"
         )
-
-
-def _told(source: Any, field: str) -> int | None:
-    value = getattr(source, field, None)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -5,10 +5,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# What clusters and schedulers send some time before they kill.
-PREEMPTIONS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-)  # not everywhere
+# What clusters and schedulers send some time before they kill; not every system has all.
+PREEMPTIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class Preempted(SystemExit):
@@ -40,9 +38,9 @@ class Interrupt:
 
     def stop(self, message: str) -> BaseException:
         """What to raise once all is saved: KeyboardInterrupt after Ctrl-C, else Preempted."""
-        if self.requested == signal.SIGINT:
+        if self.requested is None or self.requested == signal.SIGINT:
             return KeyboardInterrupt(message)
-        return Preempted(f"{message} ({signal.Signals(self.requested or 0).name})")
+        return Preempted(f"{message} ({self.requested.name})")
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():

@@ -78,10 +78,11 @@ def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: s
                     logits = net(inputs)
                     loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
                     logged = (step + 1) % config.log_every == 0
-                    if logged or device.type == "cpu":
+                    looks = logged or device.type == "cpu"  # the host waits for an accelerator only where the log does
+                    if looks:
                         require_finite(loss, net, inputs, labels, step, "train")
                     loss.backward()
-                    if logged or device.type == "cpu":
+                    if looks:
                         require_finite_gradients(net, parameters, step, "train")
                     optimizer.step()
                     top1 = (logits.detach().argmax(1) == labels).float().mean()

@@ -21,7 +21,7 @@ import proxyless_fast as pf
 from proxyless_fast.blocks import ConvLayer, MBConv, ResidualBlock
 from proxyless_fast.costs import cost_of
 from tests.fuzz._command import from_command_line
-from tests.fuzz.edits import EDITS, normal
+from tests.fuzz._edits import EDITS, normal
 from tests.fuzz.layouts import LAYOUTS
 
 ACTS = ("relu6", "relu", "silu", "hardswish", "identity")

@@ -599,6 +599,10 @@ def test_net_table_and_data_speak_of_the_same_images():
             Search(net, batches, valid, config())
         delattr(batches, field)
 
+    edited = copy.deepcopy(net)
+    edited.first_conv = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU6())  # it tells no channels any more
+    assert Search(edited, batches, valid, config()).total_steps == 16
+
     class Flat(LatencyTable):
         def lookup_all(self, shapes):
             return [1.0 for _ in shapes]
