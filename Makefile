@@ -14,7 +14,7 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 help:
 	@echo "make search     search, derive, train and export a network for this machine (ARGS=... are passed on)"
 	@echo "make test       every test"
-	@echo "make test-quick the tests to run while working: under a minute"
+	@echo "make test-quick the tests to run while working: a minute or so"
 	@echo "make fuzz       damaged, hostile and random input: a minute for each fuzzer (ARGS=... are passed on)"
 	@echo "make bench      memory and speed, as ratios within one run"
 	@echo "make bench-gpu  correctness and speed on a GPU (exit code 2 without one)"
