@@ -153,8 +153,8 @@ def common_norm(norms: Sequence[nn.BatchNorm2d]) -> Norm:
 class Snapshot:
     """What was read off some modules, valid for as long as they are the very objects that it was read from."""
 
-    def __init__(self, seen: tuple[tuple, bytes], hooked: bool, value: Any) -> None:
-        self._seen, self._hooked, self._value = seen, hooked, value
+    def __init__(self, seen: tuple[tuple, bytes], beside: tuple, value: Any) -> None:
+        self._seen, self._beside, self._value = seen, beside, value
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copy of the modules is read anew
@@ -170,11 +170,13 @@ class Snapshot:
         """
         if torch.compiler.is_compiling():
             return _or_reason(read)
-        kept, hooked = module.__dict__.get("_snapshot"), bool(torch_module._has_any_global_hook())
-        if kept is None or kept._hooked is not hooked or not has_objects(module, *kept._seen):
+        kept = module.__dict__.get("_snapshot")
+        # What lies beside the modules: hooks on all of them, and what forward of torch's own convolution goes by.
+        beside = bool(torch_module._has_any_global_hook()), nn.Conv2d._conv_forward
+        if kept is None or kept._beside != beside or not has_objects(module, *kept._seen):
             # What is read is what is there now: the objects are taken before.
             seen = objects_of(module)
-            kept = module.__dict__["_snapshot"] = Snapshot(seen, hooked, _or_reason(read))
+            kept = module.__dict__["_snapshot"] = Snapshot(seen, beside, _or_reason(read))
         return kept._value
 
 

@@ -277,3 +277,12 @@ def test_hooks_on_every_module_are_run():
         handle.remove()
     assert block.fused(x) == (True, "")
     torch.testing.assert_close(block(x), plain, rtol=0, atol=0)
+
+
+def test_a_convolution_patched_on_the_class_is_noticed(monkeypatch):
+    block, x = pf.MBConv(4, 4).double().eval(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    plain, own = block(x), nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, *args: own(self, *args) + 1)
+    assert "forward of its own" in block.fused(x)[1]
+    torch.testing.assert_close(block(x), by_modules(copy.deepcopy(block), x))
+    assert not torch.allclose(block(x), plain)
