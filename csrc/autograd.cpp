@@ -66,13 +66,14 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 const auto& mbconv_op() {
   static const auto f =
       op<FourTensors(const Tensor&, at::TensorList, at::TensorList, const OptionalTensor&, const OptionalTensor&,
-                     int64_t, std::string_view, bool, double, int64_t, bool)>("proxyless_fast::mbconv");
+                     int64_t, std::string_view, bool, double, int64_t, bool, std::string_view)>(
+          "proxyless_fast::mbconv");
   return f;
 }
 const auto& mbconv_backward_op() {
   static const auto f = op<std::tuple<Tensor, std::vector<Tensor>>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList, const OptionalTensor&,
-      const OptionalTensor&, int64_t, std::string_view, bool, double, bool, bool, bool)>(
+      const OptionalTensor&, int64_t, std::string_view, bool, double, bool, bool, bool, std::string_view)>(
       "proxyless_fast::mbconv_backward");
   return f;
 }
@@ -98,13 +99,15 @@ OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t)
 struct MBConvFunction : Function<MBConvFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList params, at::TensorList running,
                                const OptionalTensor& mean, const OptionalTensor& cov, int64_t stride,
-                               std::string_view activation, bool training, double eps, int64_t keep, bool shortcut) {
+                               std::string_view activation, bool training, double eps, int64_t keep, bool shortcut,
+                               std::string_view group) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [out, y, d, statistics] =
-        mbconv_op().call(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut);
+        mbconv_op().call(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut, group);
     keep_options(ctx, stride, activation, training, eps);
+    ctx->saved_data["group"] = std::string(group);
     ctx->saved_data["params"] = static_cast<int64_t>(params.size());
-    ctx->saved_data["others"] = static_cast<int64_t>(running.size()) + 8;
+    ctx->saved_data["others"] = static_cast<int64_t>(running.size()) + 9;
     ctx->saved_data["shortcut"] = shortcut;
     variable_list saved = {x, y, d, statistics, mean.value_or(Tensor()), cov.value_or(Tensor())};
     saved.insert(saved.end(), params.begin(), params.end());
@@ -126,7 +129,7 @@ struct MBConvFunction : Function<MBConvFunction> {
         grads[0], saved[0], saved[1], saved[2], saved[3], params, defined(saved[4]), defined(saved[5]),
         ctx->saved_data["stride"].toInt(), ctx->saved_data["activation"].toStringView(),
         ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(), ctx->needs_input_grad(0), weights,
-        ctx->saved_data["shortcut"].toBool());
+        ctx->saved_data["shortcut"].toBool(), ctx->saved_data["group"].toStringView());
     if (ctx->needs_input_grad(0)) result[0] = dx;
     for (size_t i = 0; weights && i < count; ++i)
       if (ctx->needs_input_grad(1 + i)) result[1 + i] = dparams[i];
@@ -135,25 +138,27 @@ struct MBConvFunction : Function<MBConvFunction> {
 };
 
 const auto& batch_norm_act_op() {
-  static const auto f =
-      op<TwoTensors(const Tensor&, const Tensor&, const Tensor&, at::TensorList, std::string_view, bool, double)>(
-          "proxyless_fast::batch_norm_act");
+  static const auto f = op<TwoTensors(const Tensor&, const Tensor&, const Tensor&, at::TensorList, std::string_view,
+                                      bool, double, std::string_view)>("proxyless_fast::batch_norm_act");
   return f;
 }
 const auto& batch_norm_act_backward_op() {
   static const auto f =
       op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                            std::string_view, bool, double)>("proxyless_fast::batch_norm_act_backward");
+                                            std::string_view, bool, double, std::string_view)>(
+          "proxyless_fast::batch_norm_act_backward");
   return f;
 }
 
 struct BatchNormActFunction : Function<BatchNormActFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                               at::TensorList running, std::string_view activation, bool training, double eps) {
+                               at::TensorList running, std::string_view activation, bool training, double eps,
+                               std::string_view group) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [out, statistics] = batch_norm_act_op().call(x, weight, bias, running, activation, training, eps);
+    const auto [out, statistics] = batch_norm_act_op().call(x, weight, bias, running, activation, training, eps, group);
     keep_options(ctx, 1, activation, training, eps);
-    ctx->saved_data["others"] = static_cast<int64_t>(running.size()) + 3;
+    ctx->saved_data["group"] = std::string(group);
+    ctx->saved_data["others"] = static_cast<int64_t>(running.size()) + 4;
     ctx->save_for_backward({x, weight, bias, statistics});
     ctx->mark_non_differentiable({statistics});
     return {out, statistics};
@@ -163,7 +168,8 @@ struct BatchNormActFunction : Function<BatchNormActFunction> {
     const auto saved = ctx->get_saved_variables();
     const auto [dx, dweight, dbias] = batch_norm_act_backward_op().call(
         grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["activation"].toStringView(),
-        ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble());
+        ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(),
+        ctx->saved_data["group"].toStringView());
     variable_list result = {dx, dweight, dbias};
     result.resize(3 + static_cast<size_t>(ctx->saved_data["others"].toInt()));
     return result;
@@ -220,17 +226,18 @@ Tensor gate_dot(const Tensor& a, const Tensor& b) {
 }
 FourTensors mbconv(const Tensor& x, at::TensorList params, at::TensorList running, const OptionalTensor& mean,
                    const OptionalTensor& cov, int64_t stride, std::string_view activation, bool training, double eps,
-                   int64_t keep, bool shortcut) {
+                   int64_t keep, bool shortcut, std::string_view group) {
   require_given("mbconv", "x", x);
-  auto r = MBConvFunction::apply(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut);
+  auto r =
+      MBConvFunction::apply(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut, group);
   return {r[0], r[1], r[2], r[3]};
 }
 TwoTensors batch_norm_act(const Tensor& x, const Tensor& weight, const Tensor& bias, at::TensorList running,
-                          std::string_view activation, bool training, double eps) {
+                          std::string_view activation, bool training, double eps, std::string_view group) {
   require_given("batch_norm_act", "x", x);
   require_given("batch_norm_act", "weight", weight);
   require_given("batch_norm_act", "bias", bias);
-  auto r = BatchNormActFunction::apply(x, weight, bias, running, activation, training, eps);
+  auto r = BatchNormActFunction::apply(x, weight, bias, running, activation, training, eps, group);
   return {r[0], r[1]};
 }
 FourTensors conv_norm_act(const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,

@@ -9,29 +9,32 @@ TORCH_LIBRARY(proxyless_fast, m) {
   m.def("norm_dot(Tensor grad, Tensor y, Tensor statistics, Tensor gamma, Tensor beta, float eps) -> Tensor");
 
   // params: expand weight, gamma, beta (absent where there is no expand convolution), depthwise weight, gamma, beta,
-  // project weight, gamma, beta. running: mean and variance of each of the batch norms, in the same order; read only if
-  // not training. statistics: the same, as the batch has them, in one float64 vector. shortcut: x is added to out.
+  // project weight, gamma, beta. group: of the processes that share the batch, whose statistics it then has, by
+  // torch.distributed's name; empty: this process alone. running: mean and variance of each of the batch norms, in the
+  // same order; read only if not training. statistics: the same, as the batch has them, in one float64 vector.
+  // shortcut: x is added to out.
   m.def(
       "mbconv(Tensor x, Tensor[] params, Tensor[] running, Tensor? mean, Tensor? cov, int stride, str activation, "
-      "bool training, float eps, int keep, bool shortcut=False) -> (Tensor out, Tensor y, Tensor d, Tensor "
+      "bool training, float eps, int keep, bool shortcut=False, str group=\"\") -> (Tensor out, Tensor y, Tensor d, "
+      "Tensor "
       "statistics)");
   m.def(
       "mbconv_backward(Tensor grad, Tensor x, Tensor y, Tensor d, Tensor statistics, Tensor[] params, Tensor? mean, "
       "Tensor? cov, int stride, str activation, bool training, float eps, bool input, bool weights, "
-      "bool shortcut=False) -> "
+      "bool shortcut=False, str group=\"\") -> "
       "(Tensor dx, Tensor[] dparams)");
   m.def(
       "mbconv_probe(Tensor x, Tensor grad, Tensor[] params, Tensor(a!)[] running, int[] sizes, Tensor? mean, Tensor? "
       "cov, "
-      "int stride, str activation, bool training, float momentum, float eps) -> Tensor");
+      "int stride, str activation, bool training, float momentum, float eps, str group=\"\") -> Tensor");
 
   // statistics: mean and variance in use, one after the other, float64; running: both, read only if not training.
   m.def(
       "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor[] running, str activation, bool training, "
-      "float eps) -> (Tensor out, Tensor statistics)");
+      "float eps, str group=\"\") -> (Tensor out, Tensor statistics)");
   m.def(
       "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor statistics, str activation, "
-      "bool training, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "bool training, float eps, str group=\"\") -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // A dense convolution with few inputs, its norm and activation; mean, cov: of the windows under the output pixels.
   m.def(
@@ -42,7 +45,9 @@ TORCH_LIBRARY(proxyless_fast, m) {
       "Tensor mean, Tensor cov, int stride, str activation, bool training, float eps) -> "
       "(Tensor dweight, Tensor dgamma, Tensor dbeta)");
 
-  m.def("update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum) -> ()");
+  m.def(
+      "update_running(Tensor statistics, Tensor(a!)[] running, int pixels_in, int pixels_out, float momentum, "
+      "str group=\"\") -> ()");
 
   // Depthwise convolution with batch-norm prologues: generic/ for every device, cuda/ where it is built.
   m.def(

@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from ._C import has_objects, objects_of  # type: ignore[import-not-found]  # compiled
 from .candidates import has_hooks
+from .distributed.norms import SyncBatchNorm2d
 
 
 class Unreadable(Exception):
@@ -28,6 +29,7 @@ class Norm(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    group: str = ""  # of the processes whose images share the statistics; empty: this process alone
 
 
 class Convolution(NamedTuple):
@@ -53,7 +55,17 @@ class Stage(NamedTuple):
 # What each type's forward is, so that one that was replaced on the class is noticed too.
 _FORWARDS: dict[type, tuple[Any, ...]] = {
     kind: (kind.forward, getattr(kind, "_conv_forward", None))
-    for kind in (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU6, nn.ReLU, nn.SiLU, nn.Hardswish, nn.Identity)
+    for kind in (
+        nn.Sequential,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        SyncBatchNorm2d,
+        nn.ReLU6,
+        nn.ReLU,
+        nn.SiLU,
+        nn.Hardswish,
+        nn.Identity,
+    )
 }
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU6: "relu6", nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Identity: "identity",
@@ -98,7 +110,7 @@ def read_convolution(conv: Any, place: str, dilated: bool = False) -> Convolutio
 
 def read_norm(norm: Any, place: str) -> nn.BatchNorm2d:
     """A plain batch norm with weights and running statistics. Raises Unreadable for anything else."""
-    require_plain(norm, nn.BatchNorm2d, place)
+    require_plain(norm, SyncBatchNorm2d if type(norm) is SyncBatchNorm2d else nn.BatchNorm2d, place)
     tensors = [norm._parameters.get(name) for name in ("weight", "bias")]
     tensors += [norm._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
     if any(t is None for t in tensors) or not norm.track_running_stats:
@@ -140,14 +152,14 @@ def read_children(group: nn.Module, place: str) -> Stage:
 
 def common_norm(norms: Sequence[nn.BatchNorm2d]) -> Norm:
     """The one setting of some batch norms. Raises Unreadable where they differ, or eps is not above 0."""
-    settings = {(bn.training, bn.momentum, bn.eps) for bn in norms}
+    settings = {(bn.training, bn.momentum, bn.eps, getattr(bn, "group", "")) for bn in norms}
     if len(settings) > 1:
-        raise Unreadable("the batch norms of the block differ in mode, momentum or eps")
-    training, momentum, eps = settings.pop()
+        raise Unreadable("the batch norms of the block differ in mode, momentum, eps or group")
+    training, momentum, eps, group = settings.pop()
     if eps <= 0:
         raise Unreadable(f"eps is {eps}, not above 0")
     assert momentum is not None  # read_norm
-    return Norm(training, momentum, eps)
+    return Norm(training, momentum, eps, group if training else "")
 
 
 class Snapshot:

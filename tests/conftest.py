@@ -34,7 +34,7 @@ def checked() -> emulate.Emulated:
 
 
 # What compiles, emulates, interprets or runs a whole program; `make test-quick` leaves it out.
-SLOW = ("bench", "benchmarks", "csrc", "examples", "ops/gpu")
+SLOW = ("bench", "benchmarks", "csrc", "distributed", "examples", "ops/gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

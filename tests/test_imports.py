@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("candidates",),
     ("costs",),
+    ("distributed",),
     ("reading",),
     ("fusion",),
     ("blocks",),

@@ -95,7 +95,11 @@ class ConvLayer(Fusible, nn.Sequential):
         arguments, conv, stride = found
         weight, (gamma, beta), (mean, var) = arguments.params[0], arguments.params[-2:], arguments.running
         norm = arguments.norm
-        takes = stride is not None and can_run_conv_norm_act(x, weight, activation=arguments.activation)[0]
+        takes = (
+            stride is not None
+            and not norm.group
+            and can_run_conv_norm_act(x, weight, activation=arguments.activation)[0]
+        )
         whole = stride if takes else None
         if whole is None:
             x = conv(x)
@@ -107,6 +111,7 @@ class ConvLayer(Fusible, nn.Sequential):
             count_batch(arguments.norms)
         options = dict(activation=arguments.activation, **norm._asdict())
         if whole is not None:
+            del options["group"]  # there is none
             return conv_norm_act(x, weight, gamma, beta, mean, var, stride=whole, **options)
         return batch_norm_act(x, gamma, beta, mean, var, **options)
 

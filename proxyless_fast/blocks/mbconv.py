@@ -213,7 +213,7 @@ class MBConv(Fusible, nn.Module):
             return self(x), None
         if plan.norm.training:
             count_batch(plan.norms)
-        shared = gram(x.detach()) if plan.norm.training and len(plan.params) == 9 else None
+        shared = gram(x.detach(), plan.norm.group) if plan.norm.training and len(plan.params) == 9 else None
         out, y, statistics = mbconv_before_norm(
             x, plan.params, plan.running, **self._options(plan), gram=shared, shortcut=shortcut
         )
@@ -250,7 +250,7 @@ class MBConv(Fusible, nn.Module):
         found = Snapshot.of(self, self._gather)
         if isinstance(found, Unreadable):
             return str(found), None
-        reason = found.why_stale() or why_not_input(x, found.params, found.activation)
+        reason = found.why_stale() or why_not_input(x, found.params, found.activation, found.norm.group)
         return reason, None if reason else found
 
     def _gather(self) -> FusedArguments:

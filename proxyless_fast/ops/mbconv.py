@@ -93,7 +93,7 @@ def why_not_block(params: Sequence[Tensor], stride: int, activation: str) -> str
     return ""
 
 
-def why_not_input(x: Tensor, params: Sequence[Tensor], activation: str) -> str:
+def why_not_input(x: Tensor, params: Sequence[Tensor], activation: str, group: str = "") -> str:
     """Why the fused path does not take x, of a block that it takes otherwise; empty if it does."""
     device = x.device.type
     if device == "cpu":
@@ -109,6 +109,8 @@ def why_not_input(x: Tensor, params: Sequence[Tensor], activation: str) -> str:
         return f"x has shape {tuple(x.shape)}, and the fused kernels take (batch, channels, height, width), not empty"
     if x.shape[1] != (params[0].shape[1] if len(params) == 9 else params[0].shape[0]):
         return f"the first convolution does not take the {x.shape[1]} channels of x"
+    if device == "cuda" and group:
+        return "its norms share statistics with other processes, which the GPU kernels do not"
     if device == "cuda":
         return gpu.can_run(_autocast(x[:0]), x.shape[1], params[-3].shape[0], activation)[1]
     return ""
@@ -134,6 +136,7 @@ def mbconv(
     policy: str = "fast",
     gram: tuple[Tensor, Tensor] | None = None,
     shortcut: bool = False,
+    group: str = "",
 ) -> Tensor:
     """A whole MBConv block, (B, Ci, H, W) -> (B, Co, ceil(H / stride), ceil(W / stride)), channels-last.
 
@@ -143,11 +146,12 @@ def mbconv(
     flow as through a frozen norm. policy: "fast" keeps the depthwise output for backward, "lean" recomputes it.
     gram: (mean, covariance) of x from `ops.gram`, if the caller has them, to share among the candidates of a layer.
     shortcut: add x to the output, and the gradient to dx, where both are written anyway.
+    group: of the processes whose images share the statistics in training, by torch.distributed's name; CPU only.
     Differentiable once in x and params; backward does no work for weights that need no gradient.
     Raises ValueError naming the argument that does not fit.
     """
     return mbconv_before_norm(
-        x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, keep_y=False
+        x, params, running, stride, activation, training, momentum, eps, policy, gram, shortcut, group, keep_y=False
     )[0]
 
 
@@ -163,6 +167,7 @@ def mbconv_before_norm(
     policy: str,
     gram: tuple[Tensor, Tensor] | None,
     shortcut: bool,
+    group: str = "",
     keep_y: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mbconv`, and what its last norm took: (output, y, statistics), the latter two as `norm_dot` takes them.
@@ -172,15 +177,15 @@ def mbconv_before_norm(
     if policy not in _KEEP:
         raise ValueError(f"policy must be one of {', '.join(_KEEP)}, got {policy!r}")
     x = _autocast(x)
-    mean, cov = _statistics(x, gram, training and len(params) == 9)
+    mean, cov = _statistics(x, gram, training and len(params) == 9, group)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     out, y, _, statistics = torch.ops.proxyless_fast.mbconv(
         x, params, [] if training else running, mean, cov, stride, activation, training, eps,
-        _KEEP[policy] if differentiable else int(keep_y), shortcut,
+        _KEEP[policy] if differentiable else int(keep_y), shortcut, group,
     )  # fmt: skip
     if training and running:
         pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]
-        torch.ops.proxyless_fast.update_running(statistics, running, pixels_in, pixels_out, momentum)
+        torch.ops.proxyless_fast.update_running(statistics, running, pixels_in, pixels_out, momentum, group)
     return out, y, statistics
 
 
@@ -196,6 +201,7 @@ def probe(
     momentum: float = 0.1,
     eps: float = 1e-5,
     gram: tuple[Tensor, Tensor] | None = None,
+    group: str = "",
 ) -> Tensor:
     """Gate gradients <grad, o_j(x)> (ProxylessNAS eq. 5) of several candidates of a layer, with no o_j written: (n,).
 
@@ -204,24 +210,26 @@ def probe(
     """
     x = _autocast(x)
     needs_gram = training and any(len(p) == 9 for p in params)
-    mean, cov = _statistics(x, gram, needs_gram)
+    mean, cov = _statistics(x, gram, needs_gram, group)
     with torch.no_grad():
         return torch.ops.proxyless_fast.mbconv_probe(
             x, grad, [t for p in params for t in p], [t for r in running for t in r], [len(p) for p in params],
-            mean, cov, stride, activation, training, momentum, eps,
+            mean, cov, stride, activation, training, momentum, eps, group,
         )  # fmt: skip
 
 
-def _statistics(x: Tensor, gram: tuple[Tensor, Tensor] | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+def _statistics(
+    x: Tensor, gram: tuple[Tensor, Tensor] | None, needed: bool, group: str
+) -> tuple[Tensor | None, Tensor | None]:
     # Backward of the op includes what flows through them, so they enter as constants.
     if not needed:
         return None, None
-    mean, cov = gram if gram is not None else gram_of(x.detach())
+    mean, cov = gram if gram is not None else gram_of(x.detach(), group)
     return mean.detach(), cov.detach()
 
 
 @fake("mbconv")
-def _(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut=False):
+def _(x, params, running, mean, cov, stride, activation, training, eps, keep, shortcut=False, group=""):
     batch, _, height, width = x.shape
     depthwise, project = params[-6], params[-3]
     wide, narrow = depthwise.shape[0], project.shape[0]
@@ -239,18 +247,21 @@ def _(x, params, running, mean, cov, stride, activation, training, eps, keep, sh
 
 
 @fake("mbconv_backward")
-def _(grad, x, y, d, statistics, params, mean, cov, stride, activation, training, eps, input, weights, shortcut=False):
+def _(
+    grad, x, y, d, statistics, params, mean, cov, stride, activation, training, eps, input, weights, shortcut=False,
+    group="",
+):  # fmt: skip
     dx = x.new_empty(x.shape).to(memory_format=torch.channels_last) if input else x.new_empty(0)
     return dx, [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if weights else []
 
 
 @fake("mbconv_probe")
-def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, momentum, eps):
+def _(x, grad, params, running, sizes, mean, cov, stride, activation, training, momentum, eps, group=""):
     return x.new_empty(len(sizes), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @fake("update_running")
-def _(statistics, running, pixels_in, pixels_out, momentum):
+def _(statistics, running, pixels_in, pixels_out, momentum, group=""):
     return None
 
 

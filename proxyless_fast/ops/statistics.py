@@ -17,14 +17,28 @@ def gram_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.t() @ centred / rows.shape[0]
 
 
-def gram(x: Tensor) -> tuple[Tensor, Tensor]:
+def add_up(values: Tensor, group: str) -> Tensor:
+    """The sums of values over the processes of a group, by torch.distributed's name of it; no gradient."""
+    summed = torch.ops._c10d_functional.all_reduce(values, "sum", group)
+    return torch.ops._c10d_functional.wait_tensor(summed)
+
+
+def gram(x: Tensor, group: str = "") -> tuple[Tensor, Tensor]:
     """Mean and biased covariance over the pixels of x, accumulated about a pivot and in float64.
 
     x: (B, C, H, W), float32 or float64, any memory format, not empty. Returns mean (C,) and covariance (C, C) in x's
-    dtype. A 1x1 convolution's batch statistics follow from them: mean W m, variance diag(W C W^T).
+    dtype. A 1x1 convolution's batch statistics follow from them: mean W m, variance diag(W C W^T). group: of the
+    processes whose pixels are meant, by torch.distributed's name; then they are float64, and have no gradient.
     Raises ValueError for another rank or dtype. Differentiable once.
     """
-    return torch.ops.proxyless_fast.gram(x)
+    if not group:
+        return torch.ops.proxyless_fast.gram(x)
+    with torch.no_grad():
+        mean, cov = (t.double() for t in torch.ops.proxyless_fast.gram(x))
+        count = x.numel() / x.shape[1]
+        *_, total = sums = add_up(torch.cat([mean * count, mean.new_tensor([count])]), group)
+        apart = mean - sums[:-1] / total  # the squares about the mean of all: no digits are lost
+        return sums[:-1] / total, add_up(count * (cov + torch.outer(apart, apart)), group) / total
 
 
 def gate_dot_reference(a: Tensor, b: Tensor) -> Tensor:

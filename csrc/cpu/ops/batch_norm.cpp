@@ -15,6 +15,7 @@
 #include "cpu/ops/checks.h"
 #include "cpu/ops/memory.h"
 #include "cpu/ops/parallel.h"
+#include "shared.h"
 
 namespace pf {
 namespace {
@@ -67,7 +68,7 @@ struct FoldedNorm {
 };
 
 template <typename T>
-void batch_moments(const T* x, int64_t rows, int64_t channels, double* statistics) {
+void batch_moments(const T* x, int64_t rows, int64_t channels, double* statistics, const std::string& group) {
   const int64_t chunks = (rows + chunk_rows(channels) - 1) / chunk_rows(channels), size = 2 * channels;
   std::vector<double> partial(static_cast<size_t>(chunks * size), 0.0), counts(static_cast<size_t>(chunks), 0.0);
   for_chunks(rows, channels, [&](int64_t i, int64_t first, int64_t n) {
@@ -86,19 +87,19 @@ void batch_moments(const T* x, int64_t rows, int64_t channels, double* statistic
     }
     count += n;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    statistics[c] = partial[static_cast<size_t>(c)];
-    statistics[channels + c] = partial[static_cast<size_t>(channels + c)] / count;
-  }
+  std::vector<double> mean(partial.begin(), partial.begin() + channels), var;
+  for (int64_t c = 0; c < channels; ++c) var.push_back(partial[static_cast<size_t>(channels + c)] / count);
+  merge_moments(mean, var, count, group);
+  std::copy(var.begin(), var.end(), std::copy(mean.begin(), mean.end(), statistics));
 }
 
 std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& weight, const Tensor& bias,
                                           at::TensorList running, std::string_view activation, bool training,
-                                          double eps) {
+                                          double eps, std::string_view group) {
   check_norm("batch_norm_act", input, weight, bias, activation, eps);
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1), rows = x.numel() / channels;
-  TORCH_CHECK_VALUE(!training || rows > 1,
+  TORCH_CHECK_VALUE(!training || rows > 1 || !group.empty(),
                     "batch_norm_act: training needs more than one value per channel, got x of shape ", x.sizes());
   require_moments("batch_norm_act", running, channels, !training);
   Tensor out = large_empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& wei
     const auto* p = x.const_data_ptr<scalar_t>();
     auto* p_out = out.mutable_data_ptr<scalar_t>();
     if (training) {
-      batch_moments(p, rows, channels, p_statistics);
+      batch_moments(p, rows, channels, p_statistics, std::string(group));
     } else {
       statistics.slice(0, 0, channels).copy_(running[0]);
       statistics.slice(0, channels).copy_(running[1]);
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor> batch_norm_act(const Tensor& input, const Tensor& wei
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, const Tensor& input,
                                                            const Tensor& weight, const Tensor& bias,
                                                            const Tensor& statistics, std::string_view activation,
-                                                           bool training, double eps) {
+                                                           bool training, double eps, std::string_view group) {
   check_norm("batch_norm_act_backward", input, weight, bias, activation, eps);
   require("batch_norm_act_backward", "grad", grad, input.sizes(), input.scalar_type());
   const Tensor in_use = required_statistics("batch_norm_act_backward", "statistics", statistics, 2 * input.size(1));
@@ -148,6 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, c
     });
     for (int64_t i = 1; i < chunks; ++i)
       for (int64_t j = 0; j < size; ++j) sums[static_cast<size_t>(j)] += sums[static_cast<size_t>(i * size + j)];
+    std::vector<double> all(sums.begin(), sums.begin() + size);  // of all images that the statistics were made of
+    all.push_back(static_cast<double>(rows));
+    if (training) add_up(all, std::string(group));
     std::vector<scalar_t> affine(static_cast<size_t>(2 * padded(channels)), scalar_t(0));
     for (int64_t c = 0; c < channels; ++c) {
       const double inverse = norm.inverse[static_cast<size_t>(c)], scale = norm.f.scale[c];
@@ -155,8 +159,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, c
       dbias.mutable_data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sum);
       dweight.mutable_data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sum_x * inverse);
       if (!training) continue;
-      affine[static_cast<size_t>(c)] = static_cast<scalar_t>(-scale * inverse * inverse * sum_x / rows);
-      affine[static_cast<size_t>(padded(channels) + c)] = static_cast<scalar_t>(-scale * sum / rows);
+      affine[static_cast<size_t>(c)] =
+          static_cast<scalar_t>(-scale * inverse * inverse * all[static_cast<size_t>(channels + c)] / all.back());
+      affine[static_cast<size_t>(padded(channels) + c)] =
+          static_cast<scalar_t>(-scale * all[static_cast<size_t>(c)] / all.back());
     }
     for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t n) {
       cpu::kernels_for<scalar_t>().norm_backward(norm.f, pg + first * channels, p + first * channels, n, affine.data(),

@@ -71,7 +71,8 @@ Covariance::Covariance(const std::optional<Tensor>& given_mean, const std::optio
 }
 
 MBConvInputs check_mbconv(const char* op, const Tensor& x, at::TensorList params, const Covariance& given,
-                          int64_t stride, const std::string& activation, bool training, double eps) {
+                          int64_t stride, const std::string& activation, bool training, double eps,
+                          std::string_view group) {
   require_real_image(op, "x", x);
   TORCH_CHECK_VALUE(params.size() == 6 || params.size() == 9, op,
                     ": params must hold 9 tensors, or 6 without an expand convolution, got ", params.size());
@@ -105,7 +106,8 @@ MBConvInputs check_mbconv(const char* op, const Tensor& x, at::TensorList params
   require_eps(op, eps);
   if (training) {
     const int64_t out = x.size(0) * ((x.size(2) - 1) / stride + 1) * ((x.size(3) - 1) / stride + 1);
-    TORCH_CHECK_VALUE(out > 1, op, ": training needs more than one value per channel, got x of shape ", x.sizes());
+    TORCH_CHECK_VALUE(out > 1 || !group.empty(), op,
+                      ": training needs more than one value per channel, got x of shape ", x.sizes());
     if (a.expand()) {
       TORCH_CHECK_VALUE(given.mean.defined() && given.cov.defined(), op,
                         ": training with an expand convolution needs mean and cov, as proxyless_fast::gram gives them");
@@ -119,6 +121,7 @@ MBConvInputs check_mbconv(const char* op, const Tensor& x, at::TensorList params
   a.activation = activation;
   a.training = training;
   a.eps = eps;
+  if (training) a.group = group;
   return a;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "shared.h"
 
 namespace pf {
 
@@ -25,12 +26,14 @@ struct MBConvInputs {
   std::string activation;
   bool training;
   double eps;
+  std::string group;  // of the processes that share the batch; empty: none
   bool expand() const { return w1.defined(); }
 };
 
 // Checks every argument once; messages begin with `op`.
 MBConvInputs check_mbconv(const char* op, const at::Tensor& x, at::TensorList params, const Covariance& given,
-                          int64_t stride, const std::string& activation, bool training, double eps);
+                          int64_t stride, const std::string& activation, bool training, double eps,
+                          std::string_view group);
 void check_running(const char* op, const MBConvInputs& a, at::TensorList running);
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 at::Tensor channels_last(const at::Tensor& t);  // t itself if its memory is already so
@@ -59,8 +62,16 @@ class FoldedMBConv {
   int64_t pixels_out() const { return f.images * f.ho * f.wo; }
   int64_t wide_block() const { return pixels_out() * cpu::lanes; }
   int64_t wide_size() const { return cpu::blocks(f.ch) * wide_block(); }
-  // What one of n pixels contributes to a mean; statistics that are given pass no gradient.
-  double share_of(int64_t n) const { return a.training ? 1.0 / static_cast<double>(n) : 0; }
+  // `sums` over n pixels here as those of all processes that share the batch; returns what one pixel contributes to a
+  // mean: 0 where statistics are given, which pass no gradient.
+  double share_sums(std::vector<double>& sums, int64_t n) const {
+    if (!a.training) return 0;
+    sums.push_back(static_cast<double>(n));
+    add_up(sums, a.group);
+    const double pixels = sums.back();
+    sums.pop_back();
+    return 1.0 / pixels;
+  }
 
   // Each norm is set from the batch (where the passes before it have run) or from given statistics.
   void first_from_batch();
@@ -70,7 +81,7 @@ class FoldedMBConv {
 
   // Whether wide tensors that nobody keeps are too large for scratch memory: then d below is null.
   bool streams() const;
-  // d from x; the moments of d if asked for.
+  // d from x; the moments of d if asked for. Moments are those of the whole batch, whatever processes share it.
   Norm depthwise(T* d, bool moments) const;
   // y from d; its moments.
   Norm project(const T* d, T* y);

@@ -79,9 +79,9 @@ Tensor empty_like_x(const MBConvInputs& a) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> mbconv(const Tensor& x, at::TensorList params, at::TensorList running,
                                                   const std::optional<Tensor>& mean, const std::optional<Tensor>& cov,
                                                   int64_t stride, std::string_view activation, bool training,
-                                                  double eps, int64_t keep, bool shortcut) {
+                                                  double eps, int64_t keep, bool shortcut, std::string_view group) {
   const MBConvInputs a =
-      check_mbconv("mbconv", x, params, {mean, cov, true}, stride, std::string(activation), training, eps);
+      check_mbconv("mbconv", x, params, {mean, cov, true}, stride, std::string(activation), training, eps, group);
   if (!training || !running.empty()) check_running("mbconv", a, running);
   check_shortcut("mbconv", a, shortcut);
   TORCH_CHECK_VALUE(keep >= 0 && keep <= 2, "mbconv: keep must be 0 (nothing), 1 (y) or 2 (y and d), got ", keep);
@@ -126,9 +126,10 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
                                                         at::TensorList params, const std::optional<Tensor>& mean,
                                                         const std::optional<Tensor>& cov, int64_t stride,
                                                         std::string_view activation, bool training, double eps,
-                                                        bool input, bool weights, bool shortcut) {
-  const MBConvInputs a =
-      check_mbconv("mbconv_backward", x, params, {mean, cov, false}, stride, std::string(activation), training, eps);
+                                                        bool input, bool weights, bool shortcut,
+                                                        std::string_view group) {
+  const MBConvInputs a = check_mbconv("mbconv_backward", x, params, {mean, cov, false}, stride, std::string(activation),
+                                      training, eps, group);
   TORCH_CHECK_VALUE(grad.sizes() == y.sizes() && grad.scalar_type() == x.scalar_type(),
                     "mbconv_backward: grad must have the shape of y, ", y.sizes(), ", and the dtype of x, got ",
                     grad.sizes(), " and ", grad.scalar_type());
@@ -172,12 +173,14 @@ void update(Tensor running, const double* batch, double factor, double momentum)
 }
 
 void update_running(const Tensor& statistics, at::TensorList running, int64_t pixels_in, int64_t pixels_out,
-                    double momentum) {
+                    double momentum, std::string_view group) {
   TORCH_CHECK_VALUE(running.size() == 2 || running.size() == 4 || running.size() == 6,
                     "update_running: running must hold a mean and a variance for each of one to three norms, got ",
                     running.size(), " tensors");
-  TORCH_CHECK_VALUE(pixels_in > 1 && pixels_out > 1, "update_running: pixels_in and pixels_out must be above 1, got ",
-                    pixels_in, " and ", pixels_out);
+  std::vector<double> pixels = {static_cast<double>(pixels_in), static_cast<double>(pixels_out)};
+  add_up(pixels, std::string(group));
+  TORCH_CHECK_VALUE(pixels[0] > 1 && pixels[1] > 1, "update_running: pixels_in and pixels_out must be above 1, got ",
+                    pixels[0], " and ", pixels[1]);
   int64_t n = 0;
   for (size_t i = 0; i < running.size(); ++i) {
     require_running("update_running", i, running[i], running[i / 2 * 2].numel());
@@ -188,15 +191,16 @@ void update_running(const Tensor& statistics, at::TensorList running, int64_t pi
   const double* batch = in_use.const_data_ptr<double>();
   for (size_t i = 0; i < running.size(); ++i) {
     const bool before_depthwise = running.size() == 6 && i < 2;
-    const auto pixels = static_cast<double>(before_depthwise ? pixels_in : pixels_out);
-    update(running[i], batch, i % 2 == 0 ? 1 : pixels / (pixels - 1), momentum);  // torch keeps the unbiased variance
+    const double n = pixels[before_depthwise ? 0 : 1];
+    update(running[i], batch, i % 2 == 0 ? 1 : n / (n - 1), momentum);  // torch keeps the unbiased variance
     batch += running[i].numel();
   }
 }
 
 Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, at::TensorList running,
                     at::IntArrayRef sizes, const std::optional<Tensor>& mean, const std::optional<Tensor>& cov,
-                    int64_t stride, std::string_view activation, bool training, double momentum, double eps) {
+                    int64_t stride, std::string_view activation, bool training, double momentum, double eps,
+                    std::string_view group) {
   int64_t total = 0;
   for (int64_t size : sizes) {
     TORCH_CHECK_VALUE(size == 6 || size == 9, "mbconv_probe: sizes must be 9, or 6 without an expand convolution, got ",
@@ -217,7 +221,7 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
     for (size_t j = 0; j < sizes.size(); ++j) {
       const auto size = static_cast<size_t>(sizes[j]);
       const MBConvInputs a = check_mbconv("mbconv_probe", narrow, params.slice(at_params, size), covariance, stride,
-                                          std::string(activation), training, eps);
+                                          std::string(activation), training, eps, group);
       at_params += size;
       const size_t norms = a.expand() ? 6 : 4;
       const bool has_running = !running.empty();
@@ -248,7 +252,7 @@ Tensor mbconv_probe(const Tensor& x, const Tensor& grad, at::TensorList params, 
       }
       p_gates[j] = static_cast<scalar_t>(block.gate(d, g));
       if (training && has_running)
-        update_running(statistics_of(norms_of(block)), own, block.pixels_in(), block.pixels_out(), momentum);
+        update_running(statistics_of(norms_of(block)), own, block.pixels_in(), block.pixels_out(), momentum, group);
     }
   });
   return gates;

@@ -91,14 +91,20 @@ std::vector<cpu::InputStrip> strips_of(const cpu::MBConvArgs<T>& f, int64_t chun
 struct NormGradient {
   std::vector<double> gamma, beta, slope, offset;
 
-  // sums: of grad, and `second` further on of grad (y - mean); share: 1 / pixels, or 0 where the statistics are given.
-  NormGradient(const Norm& norm, const double* sums, int64_t second, double share) {
-    for (size_t c = 0; c < norm.scale.size(); ++c) {
-      const double sum = sums[c];
-      gamma.push_back(norm.inverse[c] * sums[second + static_cast<int64_t>(c)]);
-      beta.push_back(sum);
-      slope.push_back(-norm.scale[c] * norm.inverse[c] * gamma.back() * share);
-      offset.push_back(-norm.scale[c] * sum * share);
+  // sums: of grad, and `second` further on of grad (y - mean), over the output's pixels. gamma and beta are of the
+  // images here; what the statistics pass on is of all images that they were made of.
+  template <typename T>
+  NormGradient(const FoldedMBConv<T>& block, const Norm& norm, const double* sums, int64_t second) {
+    const size_t n = norm.scale.size();
+    std::vector<double> both;
+    for (size_t c = 0; c < n; ++c) both.push_back(norm.inverse[c] * sums[second + static_cast<int64_t>(c)]);
+    both.insert(both.end(), sums, sums + n);
+    gamma.assign(both.begin(), both.begin() + static_cast<int64_t>(n));
+    beta.assign(both.begin() + static_cast<int64_t>(n), both.end());
+    const double share = block.share_sums(both, block.pixels_out());
+    for (size_t c = 0; c < n; ++c) {
+      slope.push_back(-norm.scale[c] * norm.inverse[c] * both[c] * share);
+      offset.push_back(-norm.scale[c] * both[n + c] * share);
     }
   }
 };
@@ -118,9 +124,10 @@ struct ExpandGradient {
   Partial<T> weight;           // of ExpandSums: expand, or nothing
 };
 
-// What the statistics of the first norm add to its gradients: r = scale * inverse * dgamma / N.
+// beta: of the images here. What the statistics of the first norm add to its gradients is of all images that they were
+// made of: r = scale * inverse * dgamma / N, offset = dbeta / N.
 struct FirstNormGradient {
-  std::vector<double> beta, r;
+  std::vector<double> beta, r, offset;
 };
 
 // Where d is streamed: one image's d and dz, computed by both passes that read them.
@@ -162,7 +169,7 @@ NormGradient third_norm(FoldedMBConv<T>& block) {
                                       sums.part(i) + narrow);
     }
   });
-  NormGradient gradient(block.third, sums.total(), narrow, block.share_of(pixels));
+  NormGradient gradient(block, block.third, sums.total(), narrow);
   f.dy_grad = block.per_channel(block.third.scale);
   f.dy_y = block.per_channel(gradient.slope);
   f.dy_bias = block.per_channel(gradient.offset);
@@ -197,7 +204,7 @@ ProjectGradient<T> project_and_second_norm(FoldedMBConv<T>& block, const T* d, b
             dz.template as<T>(), sum, sum_d, weight.part(i), memory.template as<T>());
     }
   });
-  NormGradient norm(block.second, sums.total(), wide, block.share_of(pixels));
+  NormGradient norm(block, block.second, sums.total(), wide);
   f.dd_dz = block.per_channel(block.second.scale);
   f.dd_d = block.per_channel(norm.slope);
   f.dd_bias = block.per_channel(norm.offset);
@@ -252,14 +259,19 @@ ExpandGradient<T> depthwise_and_expand(const FoldedMBConv<T>& block, const T* d,
 template <typename T>
 FirstNormGradient first_norm(const FoldedMBConv<T>& block, const double* sum_q) {
   const auto& f = block.f;
-  const double share = block.share_of(block.pixels_in());
   const std::vector<double> beta = to_doubles(block.a.b1);
+  std::vector<double> both(sum_q, sum_q + f.ch);
   FirstNormGradient gradient;
+  gradient.beta = both;
   for (int64_t c = 0; c < f.ch; ++c) {
-    const double sum = sum_q[c], shift = static_cast<double>(f.expand_bias[c]) - beta[static_cast<size_t>(c)];
+    const double shift = static_cast<double>(f.expand_bias[c]) - beta[static_cast<size_t>(c)];
+    both.push_back(sum_q[blocks(f.ch) * lanes + c] + shift * sum_q[c]);
+  }
+  const double share = block.share_sums(both, block.pixels_in());
+  for (int64_t c = 0; c < f.ch; ++c) {
     const double inverse = block.first.inverse[static_cast<size_t>(c)];
-    gradient.beta.push_back(sum);
-    gradient.r.push_back(inverse * inverse * (sum_q[blocks(f.ch) * lanes + c] + shift * sum) * share);
+    gradient.r.push_back(inverse * inverse * both[static_cast<size_t>(f.ch + c)] * share);
+    gradient.offset.push_back(both[static_cast<size_t>(c)] * share);
   }
   return gradient;
 }
@@ -279,7 +291,7 @@ void add_statistics(FoldedMBConv<T>& block, const FirstNormGradient& norm, bool 
   const int64_t pixels = block.pixels_in();
   std::vector<double> bias(f.ci, 0.0);
   for (int64_t c = 0; c < f.ch; ++c) {
-    const double share = block.first.scale[c] * norm.beta[c] * block.share_of(pixels);
+    const double share = block.first.scale[c] * norm.offset[c];
     for (int64_t i = 0; i < f.ci; ++i) bias[i] -= share * static_cast<double>(pw[c * f.ci + i]);
   }
   const Tensor q = at::matmul(rw.t(), w).contiguous();  // symmetric

@@ -43,7 +43,7 @@ struct PartialMoments {
     double* p = values.data() + 2 * i * channels;
     return {counts[static_cast<size_t>(i)], p, p + channels};
   }
-  Norm total(int64_t wanted) {
+  Norm total(int64_t wanted, const std::string& group) {
     cpu::Moments sum = part(0);
     for (int64_t i = 1; i < static_cast<int64_t>(counts.size()); ++i) {
       const cpu::Moments p = part(i);
@@ -52,6 +52,7 @@ struct PartialMoments {
     Norm norm;
     norm.mean.assign(sum.mean, sum.mean + wanted);
     for (int64_t c = 0; c < wanted; ++c) norm.var.push_back(sum.m2[c] / sum.count);
+    merge_moments(norm.mean, norm.var, sum.count, group);
     return norm;
   }
 };
@@ -89,7 +90,7 @@ Norm FoldedMBConv<T>::depthwise(T* d, bool moments) const {
       if (moments && b == 0) partial.counts[static_cast<size_t>(i * by_row + r)] = part.count;
     }
   });
-  return moments ? partial.total(f.ch) : Norm{};
+  return moments ? partial.total(f.ch, a.group) : Norm{};
 }
 
 // Runs body(block, first pixel, last pixel, d, d_block, scratch, chunk) over all output pixels: tiles of d, or, where d
@@ -139,7 +140,7 @@ Norm FoldedMBConv<T>::project(const T* d, T* y) {
                                               scratch);
                 partial.counts[static_cast<size_t>(chunk)] = part.count;
               });
-  return partial.total(f.co);
+  return partial.total(f.co, a.group);
 }
 
 template <typename T>
@@ -159,8 +160,7 @@ double FoldedMBConv<T>::gate(const T* d, const Tensor& grad) {
               });
   for (int64_t i = 1; i < chunks; ++i)
     for (int64_t j = 0; j < 2 * c; ++j) sums[static_cast<size_t>(j)] += sums[static_cast<size_t>(2 * i * c + j)];
-  Norm batch = partial.total(f.co);
-  if (a.training) set_third(std::move(batch));
+  if (a.training) set_third(partial.total(f.co, a.group));
   const std::vector<double> beta = to_doubles(a.b3);
   double gate = 0;
   for (int64_t j = 0; j < f.co; ++j) {
