@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .mixed import MixedOp, Mode
+
+Chain = tuple[tuple[int, int], ...]  # choices that lead to a module: (place of the op, index of its candidate)
 
 
 def mixed_ops(net: nn.Module) -> dict[str, MixedOp]:
@@ -54,6 +56,51 @@ def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
     """All parameters of a net but the alphas."""
     alphas = {id(op.alpha) for _, op in _mixed(net)}
     return (p for p in net.parameters() if id(p) not in alphas)
+
+
+class ActiveParameters:
+    """Which weights of a net take part, by what its mixed ops have active.
+
+    net: as it is now; ops and candidates that are put in later are not known. A weight in several places takes part
+    where one of them does. All weights of a net without mixed ops do.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.ops = list(mixed_ops(net).values())
+        weights = {id(p): p for p in weight_parameters(net)}
+        chains: dict[int, list[Chain]] = {}
+        _find_chains(net, (), {id(op): place for place, op in enumerate(self.ops)}, chains)
+        self._groups: dict[tuple[Chain, ...], list[nn.Parameter]] = {}
+        for key, p in weights.items():
+            self._groups.setdefault(tuple(chains[key]), []).append(p)
+
+    def __call__(self, paths: Sequence[Sequence[int]] | None = None) -> list[nn.Parameter]:
+        """The weights that take part, those of one place side by side, in the order in which they are registered.
+
+        paths: active indices, one of each op in the order of `mixed_ops`; of several paths, what any of them needs.
+        None: what is active now.
+        """
+        paths = [[op.active for op in self.ops]] if paths is None else paths
+        found: list[nn.Parameter] = []
+        for chains, parameters in self._groups.items():
+            if any(all(path[op] == index for op, index in chain) for path in paths for chain in chains):
+                found += parameters
+        return found
+
+
+def _find_chains(module: nn.Module, chain: Chain, places: dict[int, int], found: dict[int, list[Chain]]) -> None:
+    """Of each parameter below module, by id: the choices, (op, index) from the outside in, that it takes part with."""
+    for p in module._parameters.values():
+        if p is not None:
+            found.setdefault(id(p), []).append(chain)
+    for child in module._modules.values():
+        if child is None:
+            continue
+        if isinstance(module, MixedOp) and child is module.candidates:
+            for index, candidate in enumerate(child.children()):
+                _find_chains(candidate, (*chain, (places[id(module)], index)), places, found)
+        else:
+            _find_chains(child, chain, places, found)
 
 
 def padded_alphas(ops: list[MixedOp]) -> Tensor:
