@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from . import gpu
 from .activation import ACTIVATIONS
 from .fake import fake
-from .statistics import add_up
+from .statistics import add_up, dtype_in_autocast
 
 
 def batch_norm_act_reference(
@@ -45,6 +45,7 @@ def batch_norm_act(
     Differentiable once, in x, weight and bias. Raises ValueError for wrong shapes, dtypes or names.
     """
     running = [] if running_mean is None or running_var is None else [running_mean, running_var]
+    x = x.to(dtype_in_autocast(x))
     out, statistics = torch.ops.proxyless_fast.batch_norm_act(
         x, weight, bias, running, activation, training, eps, group
     )
@@ -142,14 +143,13 @@ def can_run_batch_norm_act(x: Tensor, weight: Tensor, *, activation: str = "relu
     """Whether the kernels take these arguments: (True, "") or (False, why not, in words)."""
     if x.device.type != "cpu":
         return False, f"x is on {x.device.type}, and the kernels run on the CPU"
-    if x.dtype not in (torch.float32, torch.float64) or weight.dtype != x.dtype:
+    dtype = dtype_in_autocast(x)
+    if dtype not in (torch.float32, torch.float64) or weight.dtype != dtype:
         return False, f"x is {x.dtype} and the weight {weight.dtype}; the kernels take float32 or float64, both alike"
     if x.dim() != 4 or x.numel() == 0:
         return False, f"x has shape {tuple(x.shape)}; the kernels take (batch, channels, height, width), not empty"
     if activation not in ACTIVATIONS:
         return False, f"the activation is {activation!r}; the kernels know {', '.join(ACTIVATIONS)}"
-    if torch.is_autocast_enabled("cpu"):
-        return False, "autocast is on, and the kernels would not see its lower precision"
     return True, ""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .batch_norm import batch_norm_act_reference, can_run_batch_norm_act
 from .fake import fake
+from .statistics import dtype_in_autocast
 
 MOST_INPUTS = 64  # of one output value: beyond, the windows' covariance costs more than it saves
 
@@ -54,6 +55,7 @@ def conv_norm_act(
     Raises ValueError for wrong shapes, dtypes or names.
     """
     running = [] if running_mean is None or running_var is None else [running_mean, running_var]
+    x = x.to(dtype_in_autocast(x))
     out, statistics, _, _ = torch.ops.proxyless_fast.conv_norm_act(
         x, weight, gamma, beta, [] if training else running, stride, activation, training, eps
     )

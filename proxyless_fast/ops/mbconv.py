@@ -22,6 +22,7 @@ from .._deprecated import callable_module
 from . import gpu  # registers the ops for CUDA; the kernels are imported when a GPU tensor comes
 from .activation import ACTIVATIONS
 from .fake import fake
+from .statistics import dtype_in_autocast
 from .statistics import gram as gram_of
 
 _KEEP = {"lean": 1, "fast": 2}
@@ -97,12 +98,11 @@ def why_not_input(x: Tensor, params: Sequence[Tensor], activation: str, group: s
     """Why the fused path does not take x, of a block that it takes otherwise; empty if it does."""
     device = x.device.type
     if device == "cpu":
-        if x.dtype not in (torch.float32, torch.float64):
+        dtype = dtype_in_autocast(x)
+        if dtype not in (torch.float32, torch.float64):
             return f"x is {x.dtype}, and the fused kernels take float32 and float64"
-        if {p.dtype for p in params} != {x.dtype}:
-            return f"a parameter has another dtype than x, {x.dtype}"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is on, and the fused kernels would not see its lower precision"
+        if {p.dtype for p in params} != {dtype}:
+            return f"a parameter has another dtype than x, {dtype}"
     elif device != "cuda":
         return f"x is on {device}, and the fused kernels run on CPU and CUDA devices"
     if x.dim() != 4 or x.numel() == 0:
@@ -117,10 +117,11 @@ def why_not_input(x: Tensor, params: Sequence[Tensor], activation: str, group: s
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x as a convolution on its device would take it: on a GPU under autocast, in autocast's dtype."""
+    """x as the fused op takes it under autocast: on a GPU in autocast's dtype, as a convolution would; see
+    `dtype_in_autocast` for the CPU."""
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype.is_floating_point and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype("cuda"))
-    return x
+    return x if x.is_cuda else x.to(dtype_in_autocast(x))
 
 
 def mbconv(
@@ -209,6 +210,7 @@ def probe(
     move as if each candidate had run. One wide workspace serves all candidates. No autograd.
     """
     x = _autocast(x)
+    grad = grad if x.is_cuda else grad.to(x.dtype)  # under autocast the active candidate may have another dtype
     needs_gram = training and any(len(p) == 9 for p in params)
     mean, cov = _statistics(x, gram, needs_gram, group)
     with torch.no_grad():
