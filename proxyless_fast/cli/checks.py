@@ -5,8 +5,6 @@ from argparse import Namespace
 
 import torch
 
-from ..search.agreement import require_one_process
-
 # By the option: the least and the most. What is beyond takes all of a machine, or is no number that torch takes.
 RANGES = {
     "num_classes": (1, 1 << 16), "in_channels": (1, 1 << 16), "resolution": (1, 1 << 16), "shift": (0, 1 << 16),
@@ -17,7 +15,6 @@ RANGES = {
 
 def check(args: Namespace) -> None:
     """Raises ValueError, which names the option, for a number out of its range or a device that cannot compute."""
-    require_one_process()
     if not args.run:
         raise ValueError("--run: got '', expected a folder")
     for name, (least, most) in RANGES.items():

@@ -14,6 +14,14 @@ HELP = {
     "epochs": "epochs",
     "warmup_epochs": "epochs before them that train weights only",
     "lr": "learning rate of the weights, cosine to 0",
+    "lr_batch": "images that the learning rate is meant for: with larger batches it grows alike",
+    "lr_warmup_epochs": "epochs in which the learning rate gets to its full value",
+    "optimizer": "of the weights: sgd, or lars or lamb for large batches (these need timm)",
+    "clip_norm": "bound of the norm of the weights' gradient",
+    "accumulate": "parts that each batch goes through in, in the memory of one",
+    "precision": "float32, or autocast to bfloat16 or float16",
+    "sync_norm": "with several processes: batch norms see the images of all",
+    "paths": "with several processes: all train the same path, or each its own",
     "momentum": "Nesterov momentum",
     "weight_decay": "of weights; batch norms and biases are not decayed",
     "label_smoothing": "label smoothing of the weights' loss",
@@ -31,6 +39,8 @@ HELP = {
     "prune_below": "drop candidates less probable than this after each epoch",
     "log_every": "weight steps between writes of the log",
 }
+
+WHOLE = ("lr_batch",)  # of those whose default does not tell
 
 EPILOGS = {
     "profile": """examples:
@@ -204,7 +214,13 @@ def _config_options(
             continue
         values = {space: settings[field.name] for space, settings in per_space.items()}
         text = defaults.describe(values).replace("%", "%%")
+        if isinstance(field.default, bool):
+            name = f"--{(prefix + field.name).replace('_', '-')}"
+            group.add_argument(name, action="store_true", default=None, help=HELP[field.name])
+            continue
         number = next((type(v) for v in values.values() if v is not None), float)
+        if field.name in WHOLE:
+            number = int
         metavar = {int: "N", float: "X", str: "NAME"}[number]
         old = next((name for name, new in RENAMED.items() if new == field.name), None)
         names = [prefix + field.name, *([] if old is None else [old])]

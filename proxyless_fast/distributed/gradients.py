@@ -133,15 +133,16 @@ class GradientSum:
 def sum_vector(parameters: Sequence[nn.Parameter], ranks: Ranks, divisor: float = 1.0) -> int:
     """Adds up the gradients of a few small parameters (alphas) as one vector; returns the bytes that were sent.
 
-    Which of them have a gradient is the same on all processes.
+    One that has no gradient in this process counts as zeros, and has none where it has none in any.
     """
-    given = [p for p in parameters if p.grad is not None]
-    if not ranks.several or not given:
+    if not ranks.several or not parameters:
         return 0
-    flat = torch.cat([p.grad.reshape(-1) for p in given])  # type: ignore[union-attr]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.reshape(-1) for g in grads])
     with lost_rank_named(ranks):
         dist.all_reduce(flat)
     flat.div_(divisor)
-    for p, values in zip(given, flat.split([p.numel() for p in given]), strict=True):
-        p.grad = values.view_as(p)
+    for p, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        if p.grad is not None or bool(values.any()):
+            p.grad = values.view_as(p)
     return flat.numel() * flat.element_size()

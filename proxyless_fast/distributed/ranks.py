@@ -47,6 +47,11 @@ class Ranks:
         """Those of the default group as it is now; all processes must ask first at the same point of their program."""
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if group is None:
+            if launched():
+                raise ValueError(
+                    f"WORLD_SIZE: got {os.environ['WORLD_SIZE']} processes that know nothing of each other, expected "
+                    "torch.distributed.init_process_group before"
+                )
             return cls()
         if not _current or _current[0]() is not group:
             _current[:] = [weakref.ref(group), cls()]

@@ -1,27 +1,43 @@
-"""What a search needs before it starts: one process, and net, latency and data that speak of the same images."""
+"""What a search needs before it starts: net, latency, data and processes that speak of the same images."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch.distributed
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..checks import told, unwrapped
+from ..distributed.ranks import Ranks, digest
 
 FIELDS = ("in_channels", "resolution", "num_classes")
 
 
-def require_one_process() -> None:
-    """Raises ValueError in one of several processes of a launcher: each would search, or train, by itself."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = str(torch.distributed.get_world_size())
-    if size != "1":
+def share_out(loader: Any, ranks: Ranks) -> None:
+    """Loaders of this package give, from now on, each process its part of every batch."""
+    if ranks.several and hasattr(loader, "shard"):
+        loader.shard(ranks.rank, ranks.size)
+
+
+def global_batch(loader: Any, ranks: Ranks) -> int:
+    """Images of a batch of all processes together. Raises ValueError where the loader does not say."""
+    size = told(loader, "batch_size")
+    if not isinstance(size, int):
         raise ValueError(
-            f"WORLD_SIZE: got {size} processes, expected one; each would search by itself and overwrite the others"
+            f"lr_batch: got it with a {type(loader).__name__} that has no batch_size, expected one to scale by"
         )
+    return size if hasattr(loader, "shard") else size * ranks.size
+
+
+def require_own_batches(batch: Any, name: str, ranks: Ranks) -> None:
+    """Raises ValueError where all processes have the very same batch: then none has its own part."""
+    if ranks.several:
+        found = ranks.gather(digest(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)))
+        if len(set(found)) == 1:
+            raise ValueError(
+                f"{name}: all {ranks.size} processes got the same batch, expected each its own part, as of torch's "
+                "DistributedSampler"
+            )
 
 
 def require_agreement(net: nn.Module, loader: Any, name: str) -> None:

@@ -10,9 +10,12 @@ import torch
 DRAWS = ("weight", "arch")
 
 
-def generator(seed: int, step: int, draw: str) -> torch.Generator:
-    """CPU generator that is a function of the run's seed, the step and what is drawn ("weight" or "arch")."""
-    state = np.random.SeedSequence((seed, step, DRAWS.index(draw))).generate_state(1, np.uint32)
+def generator(seed: int, step: int, draw: str, rank: int = 0) -> torch.Generator:
+    """CPU generator that is a function of the run's seed, the step and what is drawn ("weight" or "arch").
+
+    rank: of the process, where each draws for itself; all else is drawn alike in all.
+    """
+    state = np.random.SeedSequence((seed, step, DRAWS.index(draw), rank)).generate_state(1, np.uint32)
     return torch.Generator().manual_seed(int(state[0]))
 
 

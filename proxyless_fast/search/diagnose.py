@@ -20,7 +20,7 @@ class NonFiniteLoss(ValueError):
 
 
 def require_finite(
-    loss: Tensor, net: nn.Module, inputs: Any, labels: Tensor, step: int, kind: str, latency: Tensor | None = None
+    loss: Tensor, net: nn.Module, batch: Any, step: int, kind: str, latency: Tensor | None = None
 ) -> None:
     """Raises NonFiniteLoss where loss (a scalar; this waits for the device) is not finite.
 
@@ -28,7 +28,7 @@ def require_finite(
     """
     value = loss.item()
     if not torch.isfinite(torch.tensor(value)):
-        cause = _cause(net, inputs, labels, latency)
+        cause = _cause(net, *_pair(batch), latency)
         raise NonFiniteLoss(f"loss: got {value} at {kind} step {step}, expected a finite number; {cause}")
 
 
@@ -47,10 +47,15 @@ def require_finite_gradients(net: nn.Module, parameters: Iterable[nn.Parameter],
             )
 
 
-def _cause(net: nn.Module, inputs: Any, labels: Tensor, latency: Tensor | None) -> str:
-    if labels.numel() == 0:
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and labels of a batch, where it is of the two."""
+    return tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)  # type: ignore[return-value]
+
+
+def _cause(net: nn.Module, inputs: Any, labels: Any, latency: Tensor | None) -> str:
+    if isinstance(labels, Tensor) and labels.numel() == 0:
         return "the batch is empty"
-    if not labels.is_floating_point() and bool((labels == IGNORED).all()):
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all()):
         return f"every label of the batch is {IGNORED}, which the cross entropy leaves out"
     for label, op in mixed_ops(net).items():
         if not (op.logits() < torch.inf).all():  # -inf is a pruned candidate's

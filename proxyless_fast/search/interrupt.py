@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -35,6 +36,18 @@ class Interrupt:
         if number == signal.SIGINT and self.requested == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
+
+    def requests(self) -> list[float]:
+        """What this process asks of all others, as numbers that can be added up: whether to stop, and by Ctrl-C."""
+        return [float(self.requested is not None), float(self.requested == signal.SIGINT)]
+
+    def heed(self, requests: Sequence[float], several: bool) -> bool:
+        """Whether to stop after this step; of several processes all stop at the same, by the sums of `requests`."""
+        if not several:
+            return self.requested is not None
+        if self.requested is None and requests[0]:
+            self.requested = signal.SIGINT if requests[1] else signal.SIGTERM
+        return bool(requests[0])
 
     def stop(self, message: str) -> BaseException:
         """What to raise once all is saved: KeyboardInterrupt after Ctrl-C, else Preempted."""

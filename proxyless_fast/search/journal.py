@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from ..io.text import said, short
 class Journal:
     """Collects scalars per step and writes them to `path` (JSON lines) and to tensorboard/ beside it.
 
+    mean: over the processes, of the values of one.
     path None: nothing is written, epoch means are still kept. first_step: records of that step and later, left by a
     run that was cut off after its last checkpoint, are dropped from an existing file. Raises OSError, with the path,
     where the system cannot write it, ValueError where an existing file is no log.
     """
 
-    def __init__(self, path: Path | None, first_step: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, first_step: int = 0, mean: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> None:
+        self._mean = mean
         self._pending: list[tuple[int, str, dict[str, Any]]] = []
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._file = self._board = None
@@ -52,7 +56,7 @@ class Journal:
     def flush(self) -> dict[str, float]:
         """Fetches all that was noted since the last flush in one copy, writes it, and returns the newest values."""
         tensors = [v.float().reshape(()) for _, _, vs in self._pending for v in vs.values() if isinstance(v, Tensor)]
-        fetched = iter(torch.stack(tensors).tolist() if tensors else ())
+        fetched = iter(self._mean(torch.stack(tensors).cpu()).tolist() if tensors else ())
         newest = {}
         for step, kind, values in self._pending:
             plain = {k: next(fetched) if isinstance(v, Tensor) else float(v) for k, v in values.items()}

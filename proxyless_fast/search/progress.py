@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(highlight=False, markup=False, emoji=False)  # names of files and classes are printed as they are
 
 
-def progress_bar(description: str, total: int, completed: int = 0) -> tuple[Progress, Any]:
+def progress_bar(description: str, total: int, completed: int = 0, shown: bool = True) -> tuple[Progress, Any]:
     """A rich progress context and its one task, with a free text field `note`."""
     progress = Progress(
         TextColumn("{task.description}"),
@@ -20,7 +20,7 @@ def progress_bar(description: str, total: int, completed: int = 0) -> tuple[Prog
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     )
     return progress, progress.add_task(description, total=total, completed=completed, note="")
 

@@ -107,7 +107,7 @@ def alpha_gradients():
 
 
 def test_alphas_go_as_one_vector():
-    assert run_ranks(alpha_gradients, 2) == [(5 * 4, [[1.5] * 3, [1.5] * 2, None])] * 2
+    assert run_ranks(alpha_gradients, 2) == [(9 * 4, [[1.5] * 3, [1.5] * 2, None])] * 2
 
 
 def test_active_parameters_of_nested_and_shared_modules():

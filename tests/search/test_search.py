@@ -270,7 +270,7 @@ def test_weight_step_touches_the_active_path_only_and_arch_step_alphas_only():
     net.train()
     inputs, labels = next(iter(train_batches))
     before = {name: p.clone() for name, p in net.named_parameters()}
-    search.weight_step(inputs, labels)
+    search.weight_step((inputs, labels))
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     active = {f"{label}.candidates.{op.active}." for label, op in mixed_ops(net).items()}
     assert moved and all(name.startswith("classifier") or any(name.startswith(a) for a in active) for name in moved)
@@ -279,7 +279,7 @@ def test_weight_step_touches_the_active_path_only_and_arch_step_alphas_only():
     assert stateful == {id(p) for name, p in net.named_parameters() if name in moved}
 
     before = {name: p.clone() for name, p in net.named_parameters()}
-    search.arch_step(inputs, labels)
+    search.arch_step((inputs, labels))
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"first.alpha", "second.alpha"}
     assert all(p.requires_grad for p in net.parameters())
@@ -290,7 +290,7 @@ def test_latency_term_adds_its_gradient():
     for times in (None, toy_times):
         net, (train_batches, valid) = ToyNet(), toy_loaders()
         search = Search(net, train_batches, valid, config(add_linear_weight=0.7), times and times(net))
-        search.arch_step(*next(iter(valid)))
+        search.arch_step(next(iter(valid)))
         grads.append([alpha.grad.clone() for alpha in arch_parameters(net)])
     net = ToyNet()
     (0.7 * (toy_times(net)() - 2.0) / 2.0).backward()
@@ -301,8 +301,8 @@ def test_latency_term_adds_its_gradient():
 def test_the_log_keeps_no_graph():
     net, (train_batches, valid) = ToyNet(), toy_loaders()
     search = Search(net, train_batches, valid, config(), toy_times(net))
-    search.weight_step(*next(iter(train_batches)))
-    search.arch_step(*next(iter(valid)))
+    search.weight_step(next(iter(train_batches)))
+    search.arch_step(next(iter(valid)))
     noted = [value for _, _, values in search.journal._pending for value in values.values()]
     assert len(noted) == 3 + 5 and not any(getattr(value, "requires_grad", False) for value in noted)
 
@@ -407,8 +407,8 @@ def test_same_seed_same_bits_after_20_steps(mode):
         net.train()
         for _ in range(20):
             (inputs, labels), valid_batch = next(batches)
-            search.weight_step(inputs, labels)
-            search.arch_step(*valid_batch)
+            search.weight_step((inputs, labels))
+            search.arch_step(valid_batch)
             search.step += 1
         states.append(state_of(search))
     assert_same_bits(states[0], states[1])
@@ -503,7 +503,7 @@ def test_pruned_candidates_never_come_back(tmp_path):
     resumed = Search.resume(tmp_path, net2, *loaders, table=toy_times(net2))
     for step in range(20):
         resumed.step = step
-        resumed.arch_step(*next(iter(loaders[1])))
+        resumed.arch_step(next(iter(loaders[1])))
         assert net2.second.active != 2
     assert net2.second.pruned.tolist() == [False, False, True]
 
@@ -518,7 +518,7 @@ def test_a_nan_stops_with_step_and_layer(kind):
             candidate.depth_conv.conv.weight[0] = math.nan
             net.second.alpha[2] = -math.inf
     with pytest.raises(NonFiniteLoss, match=rf"nan at {kind} step 4.*second\.candidates\.\d\.depth_conv"):
-        getattr(search, f"{kind}_step")(*next(iter(valid)))
+        getattr(search, f"{kind}_step")(next(iter(valid)))
 
 
 def test_a_nan_in_the_data_is_told_apart():
@@ -526,7 +526,7 @@ def test_a_nan_in_the_data_is_told_apart():
     inputs, labels = next(iter(valid))
     inputs[0, 0, 0, 0] = math.inf
     with pytest.raises(NonFiniteLoss, match="that of the input"):
-        Search(net, train_batches, valid, config(), toy_times(net)).weight_step(inputs, labels)
+        Search(net, train_batches, valid, config(), toy_times(net)).weight_step((inputs, labels))
 
 
 # what comes after
@@ -562,9 +562,8 @@ def test_what_is_not_finite_is_named():
         first, second = next(iter(valid))
         change(net)
         with pytest.raises(NonFiniteLoss, match=said):
-            getattr(search, f"{kind}_step")(
-                first if inputs is None else inputs(first), second if labels is None else labels(second)
-            )
+            batch = first if inputs is None else inputs(first), second if labels is None else labels(second)
+            getattr(search, f"{kind}_step")(batch)
 
     def poisoned(net):
         with torch.no_grad():
@@ -611,7 +610,7 @@ def test_net_table_and_data_speak_of_the_same_images():
     search = Search(net, batches, valid, config(target_ms=10.0, objective="add_linear"), latency)
     for step, name in ((search.weight_step, "train"), (search.arch_step, "valid")):
         with pytest.raises(ValueError, match=rf"{name}: the images have shape \(3, 12, 12\), expected \(3, 8, 8\)"):
-            step(torch.randn(2, 3, 12, 12), torch.zeros(2, dtype=torch.long))
+            step((torch.randn(2, 3, 12, 12), torch.zeros(2, dtype=torch.long)))
     with pytest.raises(ValueError, match="another net's mixed ops"):
         Search(copy.deepcopy(net), batches, valid, config(target_ms=10.0), latency)
 
@@ -625,14 +624,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(kind):
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     name = "classifier.bias" if kind == "weight" else "second.alpha"
     with pytest.raises(NonFiniteLoss, match=f"that of {name} at {kind} step 0 is not finite"):
-        getattr(search, f"{kind}_step")(*next(iter(valid)))
+        getattr(search, f"{kind}_step")(next(iter(valid)))
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
 def test_one_of_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     net = ToyNet()
-    with pytest.raises(ValueError, match="WORLD_SIZE: got 4 processes, expected one"):
+    with pytest.raises(ValueError, match="WORLD_SIZE: got 4 processes that know nothing of each other"):
         Search(net, *toy_loaders(), config(), toy_times(net))
     with pytest.raises(ValueError, match="WORLD_SIZE"):
         train(derive(net), toy_loaders()[0], TrainConfig(epochs=1))
