@@ -1,29 +1,29 @@
-"""Image folders (one subfolder a class) with the standard ImageNet transforms, decoded by worker processes."""
+"""The images of a folder, class folders or shards, with the standard ImageNet transforms, decoded by workers."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
-from . import images
+from . import workers as processes
 from .images import UnreadableImage
-from .seeds import generator_of, seed_of
+from .order import Order
+from .samples import Files, Samples
+from .seeds import seeded
 
 log = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LONGEST = 4  # sides of an image in evaluation: of a longer one, all that the centre crop can see
 SKIPPED = 0.01, 1000  # of a loader's images, at most so many damaged ones are skipped
-STAND_INS = 10  # neighbours to try for a damaged image
 
 
 def short_side(resolution: int) -> int:
@@ -60,83 +60,84 @@ def eval_transform(resolution: int) -> Callable:
     ])  # fmt: skip
 
 
+# What a worker is asked for: the epoch and the images of one batch; what it gives: the batch, without damaged images
+# (None where all are), and the damaged files met on the way, {path: sentence}.
+Asked = tuple[int, list[int]]
+Given = tuple[tuple[Tensor, Tensor] | None, dict[str, str]]
+
+
 class _Images(Dataset):
-    """Items are asked for as (index, seed): the seed alone decides the item's augmentation, whichever worker runs.
+    """Batches by what is asked for: (seed, epoch, index) alone decide an image's augmentation, whichever worker runs.
 
-    An item is (image and label, or None) and the damaged files met on the way, {path: sentence}: raised in a worker, an
-    error would arrive with a traceback for its message. With stand-ins the next readable image takes a damaged one's
-    place, so that batches keep their size.
+    Damaged files are given back, since an error that is raised in a worker arrives with a traceback for its message.
+    With stand_ins the next readable image takes a damaged one's place, so that batches keep their size. Beyond `limit`
+    damaged files nothing is looked for any more: the loader raises.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], transform: Callable, stand_ins: int) -> None:
-        self.samples, self.transform, self.stand_ins = samples, transform, stand_ins
+    def __init__(self, samples: Samples, transform: Callable, seed: int, limit: int, stand_ins: bool) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self.limit, self.stand_ins = limit, stand_ins
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[tuple[Tensor, int] | None, dict[str, str]]:
-        index, seed = item
+    def __getitem__(self, asked: Asked) -> Given:
+        epoch, indices = asked
         damaged: dict[str, str] = {}
-        for tried in range(min(1 + self.stand_ins, len(self))):
-            path, label = self.samples[(index + tried) % len(self)]
+        found = [item for index in indices if (item := self._item(epoch, index, damaged)) is not None]
+        if not found:
+            return None, damaged
+        first = found[0][0]
+        batch = torch.empty((len(found), *first.shape), dtype=first.dtype).contiguous(memory_format=_format(first))
+        for place, (image, _) in zip(batch, found, strict=True):
+            place.copy_(image)
+        return (batch, torch.tensor([label for _, label in found])), damaged
+
+    def _item(self, epoch: int, index: int, damaged: dict[str, str]) -> tuple[Tensor, int] | None:
+        count, place = len(self.samples), index
+        while len(damaged) <= self.limit:
             try:
-                image = images.read(path)
+                image = self.samples.read(place)
             except UnreadableImage as error:
-                damaged[path] = str(error)
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return (self.transform(image), label), damaged
-        return None, damaged
+                damaged[self.samples.name(place)] = str(error)
+                place = (place + 1) % count
+                if self.stand_ins and place != index:
+                    continue
+                return None
+            with seeded(self.seed, epoch, index):
+                return self.transform(image), int(self.samples.labels[place])
+        return None
 
 
-def _collate(items: list) -> tuple[list[Tensor] | None, dict[str, str]]:
-    """A batch of the readable items, None without any, and the damaged files of all."""
-    readable = [item for item, _ in items if item is not None]
-    damaged = {path: why for _, some in items for path, why in some.items()}
-    return default_collate(readable) if readable else None, damaged
+def _as_it_is(given: Any) -> Any:
+    return given
 
 
-def _subordinate(worker: int) -> None:
-    """A worker leaves words and ends to the main process.
-
-    What Pillow warns of has no reader there: what matters comes back as the sentence about the file. And what a
-    terminal sends to all processes of a run must not end the workers of a step that is to be finished. SIGTERM is left:
-    by it Python ends the workers itself.
-    """
-    warnings.simplefilter("ignore")
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _format(image: Tensor) -> torch.memory_format:
+    return torch.channels_last if image.dim() == 3 else torch.contiguous_format
 
 
-class _Order(Sampler):
-    def __init__(self, count: int, seed: int, shuffle: bool) -> None:
-        self.count, self.seed, self.shuffle, self.epoch = count, seed, shuffle, 0
+class _Asked:
+    """What a pass over the loader asks for; set before the pass starts."""
 
-    def __len__(self) -> int:
-        return self.count
+    def __init__(self) -> None:
+        self.batches: Iterator[Asked] = iter(())
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = generator_of(self.seed, self.epoch)
-        order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
-        return ((index, seed_of(self.seed, self.epoch, index)) for index in order.tolist())
+    def __iter__(self) -> Iterator[Asked]:
+        return self.batches
 
 
-class FolderLoader:
+class FolderLoader(Order):
     """Batches of (images, labels): float32 (B, 3, R, R), channels_last, and int64 (B,).
 
-    The order and every augmentation are pure functions of (seed, epoch), whatever the number of workers. A damaged file
-    is named by a warning and skipped: with `shuffle` a neighbour stands in for it, without its batch is shorter. Raises
-    UnreadableImage, which names the file, where more than 1 % of the images (or 1000) are damaged, and
-    ChildProcessError where the system ended a worker.
+    samples: (path, label) of each image, or Samples. The order and every augmentation are pure functions of
+    (seed, epoch), whatever the number of workers. A damaged file is named by a warning and skipped: with `shuffle` a
+    neighbour stands in for it, without its batch is shorter. Raises UnreadableImage, which names the file, where more
+    than 1 % of the images (or 1000) are damaged, and ChildProcessError where the system ended a worker.
     """
 
     in_channels = 3
 
     def __init__(
         self,
-        samples: list[tuple[str, int]],
+        samples: Samples | list[tuple[str, int]],
         transform: Callable,
         batch_size: int,
         *,
@@ -147,59 +148,41 @@ class FolderLoader:
         drop_last: bool = False,
         workers: int = 0,
     ) -> None:
-        self.resolution, self.num_classes = resolution, num_classes
+        samples = Files(samples) if isinstance(samples, list) else samples
+        super().__init__(len(samples), batch_size, seed, shuffle, drop_last)
+        self.samples, self.resolution, self.num_classes, self.workers = samples, resolution, num_classes, workers
         self.limit = min(int(SKIPPED[0] * len(samples)), SKIPPED[1])
         self._damaged: dict[str, str] = {}
-        self._order = _Order(len(samples), seed, shuffle)
+        self._asked = _Asked()
         self._loader = DataLoader(
-            _Images(samples, transform, STAND_INS if shuffle and self.limit else 0),
-            batch_size,
-            sampler=self._order,
-            collate_fn=_collate,
+            _Images(samples, transform, seed, self.limit, stand_ins=shuffle and self.limit > 0),
+            batch_size=None,  # an item is a batch
+            sampler=self._asked,
             num_workers=workers,
-            drop_last=drop_last,
             persistent_workers=workers > 0,
-            worker_init_fn=_subordinate,
+            collate_fn=_as_it_is,
+            worker_init_fn=processes.subordinate,
             generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
             pin_memory=torch.cuda.is_available(),
         )
 
-    @property
-    def size(self) -> int:
-        """The number of images."""
-        return len(self._order)
-
-    def __len__(self) -> int:
-        """The number of batches in an epoch."""
-        return len(self._loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration follows."""
-        self._order.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, damaged in self._batches():
+    def batches_from(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `skip` on."""
+        asked = ((epoch, whole[mine].tolist()) for _, whole, mine in self._indices(epoch, skip))
+        for batch, damaged in self._given(asked):
             self._skip(damaged)
             if batch is not None:
                 images, labels = batch
-                yield images.contiguous(memory_format=torch.channels_last), labels
+                yield images, labels
 
-    def _batches(self) -> Iterator[tuple[list[Tensor] | None, dict[str, str]]]:
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                workers = self._loader.num_workers
-                raise ChildProcessError(
-                    f"a process that reads images was ended by the system ({str(error).strip().rstrip('.')}): expected "
-                    f"memory for workers={workers}"
-                ) from None
-            yield batch
+    def _given(self, asked: Iterator[Asked]) -> Iterator[Given]:
+        self._asked.batches = asked
+        try:
+            with processes.starting(), processes.steady():
+                given = iter(self._loader)
+            yield from given
+        except RuntimeError as error:
+            raise processes.told(error, self.workers) from None
 
     def _skip(self, damaged: dict[str, str]) -> None:
         """Names the files that are damaged and new; raises UnreadableImage beyond the limit."""

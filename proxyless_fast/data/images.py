@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import stat
 import warnings
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -44,20 +46,34 @@ def read(path: str) -> Image.Image:
     """
     try:
         _check_file(path)
-        with _open(path) as image:
-            _check_size(image)
-            image.load()
-            turn = _TURNS.get(_orientation(image))
-            rgb = _to_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        return _decode(path)
     except Exception as error:  # whatever type: Pillow's decoders raise some of every kind for damaged files
         raise UnreadableImage(f"{printable(path)} cannot be read as an image: {_why(error)}") from error
 
 
-def _open(path: str) -> Image.Image:
+def decode(content: bytes, name: str) -> Image.Image:
+    """The image in a file's content, as `read` gives it; `name` is for the message."""
+    try:
+        if not content:
+            raise ValueError("it is empty")
+        return _decode(io.BytesIO(content))
+    except Exception as error:  # as above
+        raise UnreadableImage(f"{printable(name)} cannot be read as an image: {_why(error)}") from error
+
+
+def _decode(file: str | BinaryIO) -> Image.Image:
+    with _open(file) as image:
+        _check_size(image)
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _open(file: str | BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows, and is a sentence
-        return Image.open(path, formats=_formats())
+        return Image.open(file, formats=_formats())
 
 
 def _why(error: Exception) -> str:

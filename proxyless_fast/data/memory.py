@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .order import Order
 from .seeds import generator_of
 
 CHUNK = 2**22  # pixels that are resized at a time
 
 
-class MemoryLoader:
+class MemoryLoader(Order):
     """Batches of (images, labels) from uint8 images in memory: float32 (B, C, H, W), channels_last, and int64 (B,).
 
-    The order and the augmentation are pure functions of (seed, epoch): iterate twice without `set_epoch` and the same
-    batches come again. `shift` > 0 moves each image by up to that many pixels, with zeros moving in, and flips half of
-    them left to right; `shuffle=False` keeps the order given.
+    The order and the augmentation are pure functions of (seed, epoch, batch): iterate twice without `set_epoch` and the
+    same batches come again. `shift` > 0 moves each image by up to that many pixels, with zeros moving in, and flips
+    half of them left to right; `shuffle=False` keeps the order given.
     """
 
     def __init__(
@@ -35,46 +36,34 @@ class MemoryLoader:
         shift: int = 0,
         drop_last: bool = False,
     ) -> None:
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.shuffle, self.shift, self.drop_last = seed, shuffle, shift, drop_last
+        super().__init__(len(labels), batch_size, seed, shuffle, drop_last)
+        self.images, self.labels, self.shift = images, labels, shift
         self.num_classes, self.in_channels, self.resolution = num_classes, images.shape[1], images.shape[-1]
-        self.epoch = 0
         # (x / 255 - mean) / std as one multiply and one add
         self._scale = (1 / (255 * std)).view(1, -1, 1, 1)
         self._offset = (-mean / std).view(1, -1, 1, 1)
 
-    @property
-    def size(self) -> int:
-        """The number of images."""
-        return len(self.labels)
-
-    def __len__(self) -> int:
-        """The number of batches in an epoch."""
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full + bool(rest and not self.drop_last)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration follows."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = generator_of(self.seed, self.epoch)
-        count = len(self.labels)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        for index in order.split(self.batch_size)[: len(self)]:
-            images = self.images[index]
+    def batches_from(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `skip` on."""
+        for number, whole, mine in self._indices(epoch, skip):
+            images = self.images[whole[mine]]
             if self.shift:
-                images = augment(images, self.shift, generator)
+                moves = draw_moves(len(whole), self.shift, generator_of(self.seed, epoch, number))
+                images = augment(images, self.shift, *(draws[..., mine, :] for draws in moves))
             images = torch.addcmul(self._offset, images.float(), self._scale)
-            yield images.contiguous(memory_format=torch.channels_last), self.labels[index]
+            yield images.contiguous(memory_format=torch.channels_last), self.labels[whole[mine]]
 
 
-def augment(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Move each image (B, C, H, W) by up to `shift` pixels each way, zeros moving in, and mirror half of them."""
+def draw_moves(count: int, shift: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of `count` images: how far each is moved down and right, int64 (2, N, 1) in 0 to 2 · shift; whether mirrored."""
+    moves = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
+    return moves, torch.rand(count, 1, generator=generator) < 0.5
+
+
+def augment(images: Tensor, shift: int, moves: Tensor, mirrored: Tensor) -> Tensor:
+    """Each image (B, C, H, W) moved by moves - shift pixels, zeros moving in, and mirrored where `mirrored` (B, 1)."""
     count, _, height, width = images.shape
     padded = F.pad(images, [shift] * 4)
-    moves = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
     rows = torch.arange(height) + moves[0]
     columns = torch.arange(width)
     columns = torch.where(mirrored, columns.flip(0), columns) + moves[1]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +19,14 @@ from . import fashion_mnist, idx
 from .folder import MEAN, STD, FolderLoader, eval_transform, short_side, train_transform
 from .listing import check_apart, scan, some
 from .memory import MemoryLoader, resize, statistics
-from .seeds import generator_of
+from .samples import Files, Part, Samples
 
 log = logging.getLogger(__name__)
 
 Loader = MemoryLoader | FolderLoader
 SHIFT = 2  # pixels, for small images
-_SPLIT = 0x5B117  # keeps the split's random stream apart from those of the epochs
+# How `hold_out` splits, for whoever keeps what it gave: 1, up to version 0.2, drew a permutation, 2 goes by hashes.
+SPLIT = 2
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ def loaders(
 ) -> Splits:
     """Loaders of "fashion-mnist", of a folder with the four IDX files, or of an image folder with train/ and val/.
 
-    A `valid_fraction` of each class is held out of the training images, disjoint and decided by `seed`, for the arch
-    steps; it goes through the evaluation transforms, as in the official code (search/data_providers/imagenet.py), and
-    comes in a new order each epoch. Training batches are full ones only. `resolution` is that of the images when None,
-    224 for image folders; `workers` processes decode an image folder's files.
+    About a `valid_fraction` of each class is held out of the training images for the arch steps, as `seed` and each
+    image's path (in IDX files, its number) decide: see `hold_out`. It goes through the evaluation transforms, as in the
+    official code (search/data_providers/imagenet.py), and comes in a new order each epoch. Training batches are full
+    ones only. `resolution` is that of the images when None, 224 for image folders; `workers` processes decode an image
+    folder's files.
 
     In an image folder hidden files are passed over, and each file counts once, however many links lead to it: a file in
     two classes, or in train/ and val/, is an error. So is a fraction that takes a class's last training image; one that
@@ -92,32 +97,41 @@ def _check_arguments(batch_size: Any, resolution: Any, valid_fraction: Any, seed
         raise ValueError(f"valid_fraction must lie in [0, 1), got {valid_fraction!r}")
 
 
-def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (train, valid) of a seeded split that takes round(fraction · n) of the n images of each class."""
-    order = torch.randperm(len(labels), generator=generator_of(seed, _SPLIT))
-    by_class = order[labels[order].sort(stable=True).indices]
-    counts = torch.bincount(labels)
-    valid = torch.cat([part[: round(fraction * len(part))] for part in by_class.split(counts.tolist())])
-    keep = torch.ones(len(labels), dtype=torch.bool)
-    keep[valid] = False
-    return keep.nonzero().flatten(), valid.sort().values
+def hold_out(keys: Iterable[bytes], labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (train, valid) of a split that a hash of each image's key and the seed decides.
+
+    So about `fraction` of every class goes to valid, and an image stays where it is when others come, go or are sorted
+    anew. The last image of a class by this hash is in train all the same, and the first of all in valid.
+    """
+    salt = b"%d " % seed
+    places = [int.from_bytes(hashlib.blake2b(salt + key, digest_size=8).digest(), "little") for key in keys]
+    place = torch.tensor(np.array(places, np.uint64) / 2.0**64)
+    order = place.argsort()
+    order = order[labels[order].argsort(stable=True)]
+    last = order[torch.bincount(labels).cumsum(0).unique() - 1]  # of each class
+    place[last] = 1.0
+    held_out = place < fraction
+    if not held_out.any() and round(fraction * len(labels)):
+        held_out[place.argmin()] = place.min() < 1
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
 def _split(
-    labels: Tensor, fraction: float, seed: int, batch_size: int, classes: tuple[str, ...]
+    keys: Iterable[bytes], labels: Tensor, fraction: float, seed: int, batch_size: int, classes: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    train, valid = hold_out(labels, fraction, seed)
-    images, held_out = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[valid]))
-    emptied = [f"{name} (of {n})" for name, n, held in zip(classes, images, held_out, strict=True) if 0 < n == held]
+    images = torch.bincount(labels, minlength=len(classes)).tolist()
+    emptied = [f"{name} (of {n})" for name, n in zip(classes, images, strict=True) if 0 < n == round(fraction * n)]
     if emptied:
         raise ValueError(
             f"valid_fraction {fraction} holds out every training image of class {some(emptied)}: expected a smaller "
             "fraction, or more images"
         )
-    if fraction and not len(valid):
+    if fraction and not round(fraction * len(labels)):
         raise ValueError(f"valid_fraction {fraction} of {len(labels)} training images holds out none")
+    train, valid = hold_out(keys, labels, fraction, seed) if fraction else (torch.arange(len(labels)), labels[:0])
     if len(train) < batch_size:
         raise ValueError(f"batch_size {batch_size} is larger than the {len(train)} training images")
+    held_out = torch.bincount(labels[valid], minlength=len(classes)).tolist()
     unseen = [f"{name} (of {n})" for name, n, held in zip(classes, images, held_out, strict=True) if n and not held]
     if fraction and unseen:
         log.warning("valid_fraction %s holds out no image of class %s; a larger one does", fraction, some(unseen))
@@ -147,7 +161,8 @@ def _from_idx(
     images, test_images = resize(images, resolution), resize(test_images, resolution)
     count = int(labels.max()) + 1
     classes = names if len(names) == count else tuple(map(str, range(count)))
-    train, valid = _split(labels, fraction, seed, batch_size, classes)
+    numbers = (str(number).encode() for number in range(len(labels)))
+    train, valid = _split(numbers, labels, fraction, seed, batch_size, classes)
 
     def loader(x: Tensor, y: Tensor, **options: Any) -> MemoryLoader:
         return MemoryLoader(x, y, batch_size, mean=mean, std=std, num_classes=count, seed=seed, **options)
@@ -170,24 +185,36 @@ def _from_images(root: Path, batch_size: int, resolution: int, fraction: float, 
         odd = some(sorted(set(training.classes) ^ set(testing.classes)))
         raise ValueError(f"{root}: train/ and val/ must have the same classes; only one of them has {odd}")
     check_apart(training, testing)
-    labels = torch.tensor([label for _, label in training.samples])
-    train, valid = _split(labels, fraction, seed, batch_size, training.classes)
-    augmented, plain = train_transform(resolution), eval_transform(resolution)
-    count = len(training.classes)
+    train, test = Files(training.samples, str(root / "train")), Files(testing.samples, str(root / "val"))
+    return _from_samples(train, test, training.classes, batch_size, resolution, fraction, seed, workers)
 
-    def loader(samples: list[tuple[str, int]], transform, **options: Any) -> FolderLoader:
-        options |= {"resolution": resolution, "num_classes": count, "seed": seed, "workers": workers}
+
+def _from_samples(
+    training: Samples,
+    testing: Samples,
+    classes: tuple[str, ...],
+    batch_size: int,
+    resolution: int,
+    fraction: float,
+    seed: int,
+    workers: int,
+) -> Splits:
+    keys = (training.key(index) for index in range(len(training)))
+    train, valid = _split(keys, torch.from_numpy(training.labels), fraction, seed, batch_size, classes)
+    augmented, plain = train_transform(resolution), eval_transform(resolution)
+
+    def loader(samples: Samples, transform, **options: Any) -> FolderLoader:
+        options |= {"resolution": resolution, "num_classes": len(classes), "seed": seed, "workers": workers}
         return FolderLoader(samples, transform, batch_size, **options)
 
-    held_out = [training.samples[i] for i in valid.tolist()]
     return Splits(
-        train=loader([training.samples[i] for i in train.tolist()], augmented, shuffle=True, drop_last=True),
-        valid=loader(held_out, plain, shuffle=True) if held_out else None,
-        test=loader(testing.samples, plain),
-        num_classes=count,
+        train=loader(Part(training, train.numpy()), augmented, shuffle=True, drop_last=True),
+        valid=loader(Part(training, valid.numpy()), plain, shuffle=True) if len(valid) else None,
+        test=loader(testing, plain),
+        num_classes=len(classes),
         in_channels=FolderLoader.in_channels,
         resolution=resolution,
-        classes=training.classes,
+        classes=classes,
         preprocessing=_preprocessing(resolution, short_side(resolution), list(MEAN), list(STD)),
     )
 

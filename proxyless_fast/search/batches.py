@@ -20,7 +20,13 @@ def generator(seed: int, step: int, draw: str, rank: int = 0) -> torch.Generator
 
 
 def epoch_batches(loader: Iterable[Any], epoch: int, skip: int = 0) -> Iterator[Any]:
-    """The batches of one epoch from number `skip` on; `set_epoch` of the loader or of its sampler fixes their order."""
+    """The batches of one epoch from number `skip` on; `set_epoch` of the loader or of its sampler fixes their order.
+
+    A loader of this package (`batches_from`) starts there; of any other the batches before are taken and dropped.
+    """
+    batches_from = getattr(loader, "batches_from", None)
+    if batches_from is not None:
+        return batches_from(epoch, skip)
     set_epoch = getattr(loader, "set_epoch", None) or getattr(getattr(loader, "sampler", None), "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)

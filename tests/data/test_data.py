@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from proxyless_fast.data import DataNotFound, UnreadableImage, fashion_mnist, fashion_mnist_folder, idx, loaders
-from proxyless_fast.data.memory import MemoryLoader, augment, resize, statistics
+from proxyless_fast.data.memory import MemoryLoader, augment, draw_moves, resize, statistics
 from proxyless_fast.data.splits import hold_out
 
 
@@ -270,15 +270,40 @@ def test_fashion_mnist_has_names_for_its_classes(nowhere):
 # splits
 
 
+def split_of(keys, labels, fraction=0.3, seed=3):
+    """The keys that are held out, and those that are not."""
+    parts = hold_out([key.encode() for key in keys], torch.tensor(labels), fraction, seed)
+    return [{keys[index] for index in part.tolist()} for part in parts]
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
-def test_hold_out_is_disjoint_whole_stratified_and_seeded(fraction):
-    labels = torch.cat([torch.full((n,), c) for c, n in enumerate((40, 100, 0, 60))])
-    train, valid = hold_out(labels, fraction, seed=3)
-    assert sorted(train.tolist() + valid.tolist()) == list(range(200))
-    assert torch.bincount(labels[valid]).tolist() == [round(fraction * n) for n in (40, 100, 0, 60)]
-    again = hold_out(labels, fraction, seed=3)
-    assert torch.equal(again[1], valid)
-    assert not torch.equal(hold_out(labels, fraction, seed=4)[1], valid)
+def test_hold_out_is_disjoint_whole_sorted_and_seeded(fraction):
+    keys, labels = [str(i) for i in range(3000)], [i % 3 for i in range(3000)]
+    train, valid = split_of(keys, labels, fraction)
+    assert train | valid == set(keys) and not train & valid
+    for label in range(3):
+        share = sum(int(key) % 3 == label for key in valid) / 1000
+        assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 1000) ** 0.5
+    assert split_of(keys, labels, fraction) == [train, valid]
+    assert split_of(keys, labels, fraction, seed=4)[1] != valid
+    indices = hold_out([b"%d" % i for i in range(3000)], torch.tensor(labels), fraction, 3)
+    assert all(part.tolist() == sorted(part.tolist()) for part in indices)
+
+
+def test_images_that_come_go_or_are_sorted_anew_move_no_other():
+    keys, labels = [f"{i % 4}/{i}.jpg" for i in range(400)], [i % 4 for i in range(400)]
+    _, valid = split_of(keys, labels)
+    more = [f"{i % 4}/new{i}.jpg" for i in range(900)]
+    assert split_of(keys + more, labels + [i % 4 for i in range(900)])[1] & set(keys) == valid
+    assert split_of(keys[::-1], labels[::-1])[1] == valid
+    assert split_of(keys[100:300], labels[100:300])[1] == valid & set(keys[100:300])
+    assert split_of(keys, labels, 0.4)[1] > valid  # a larger fraction takes more, and none back
+
+
+def test_each_class_keeps_an_image_to_train_on_and_something_is_held_out():
+    for seed in range(40):
+        train, valid = split_of(["a0", "b0", "b1", "b2"], [0, 1, 1, 1], 0.4, seed)
+        assert "a0" in train and len(train) > 1 and valid
 
 
 def numbers(loader):
@@ -288,21 +313,24 @@ def numbers(loader):
 
 
 def test_idx_loaders_share_out_every_image_once(tmp_path):
-    splits = loaders(write_idx(tmp_path), 8, valid_fraction=0.2, seed=1)
+    splits = loaders(write_idx(tmp_path, train=64), 8, valid_fraction=0.25, seed=1)
     assert (splits.num_classes, splits.in_channels, splits.resolution) == (3, 1, 10)
-    assert (splits.train.size, splits.valid.size, splits.test.size) == (48, 12, 20)
-    assert [len(loader) for loader in (splits.train, splits.valid, splits.test)] == [6, 2, 3]
+    held_out = splits.valid.size
+    assert 8 <= held_out < 24 and (splits.train.size, splits.test.size) == (64 - held_out, 20)
+    splits.train.drop_last = False
+    counts = [-(-loader.size // 8) for loader in (splits.train, splits.valid, splits.test)]
+    assert [len(loader) for loader in (splits.train, splits.valid, splits.test)] == counts
     assert numbers(splits.test) == list(range(20))
     valid = numbers(splits.valid)
     splits.train.shift = 0
     train = numbers(splits.train)
-    assert sorted(train + valid) == list(range(60))
+    assert sorted(train + valid) == list(range(64))
     assert train != sorted(train) and valid != sorted(valid)
 
 
 def test_training_batches_are_full_ones(tmp_path):
-    train = loaders(write_idx(tmp_path), 7, valid_fraction=0.1).train
-    assert [len(y) for _, y in train] == [7] * 7 and len(train) == 7
+    train = loaders(write_idx(tmp_path), 7, valid_fraction=0).train
+    assert [len(y) for _, y in train] == [7] * 8 and len(train) == 8
 
 
 def test_no_fraction_means_no_validation(tmp_path):
@@ -346,7 +374,7 @@ def test_batches_are_normalised_channels_last_floats(tmp_path):
 
 def test_augmentation_shifts_and_mirrors_whole_images():
     images = torch.randint(1, 256, (64, 2, 5, 7), dtype=torch.uint8)
-    moved = augment(images, 2, torch.Generator().manual_seed(0))
+    moved = augment(images, 2, *draw_moves(64, 2, torch.Generator().manual_seed(0)))
     assert moved.shape == images.shape and moved.is_contiguous(memory_format=torch.channels_last)
     seen = set()
     for image, found in zip(images, moved, strict=True):
@@ -397,22 +425,22 @@ def image_folder(tmp_path):
 def test_an_image_folder_is_split_and_transformed(image_folder):
     splits = loaders(image_folder, 4, resolution=32, valid_fraction=0.2, workers=0)
     assert (splits.num_classes, splits.in_channels, splits.resolution) == (2, 3, 32)
-    assert (splits.train.size, splits.valid.size, splits.test.size) == (16, 4, 8)
+    assert splits.train.size + splits.valid.size == 20 and splits.test.size == 8
     for loader in (splits.train, splits.valid, splits.test):
         x, y = next(iter(loader))
-        assert x.shape == (4, 3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
+        assert x.shape == (min(4, loader.size), 3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
         assert x.is_contiguous(memory_format=torch.channels_last)
-    train, valid = splits.train._loader.dataset, splits.valid._loader.dataset
-    assert not set(train.samples) & set(valid.samples)
+    train, valid = ({part.samples.name(i) for i in range(part.size)} for part in (splits.train, splits.valid))
+    assert len(train | valid) == 20
     assert torch.cat([y for _, y in splits.test]).tolist() == [0] * 4 + [1] * 4
 
 
 def test_held_out_images_go_through_the_evaluation_transforms(image_folder):
     splits = loaders(image_folder, 4, resolution=28, valid_fraction=0.2, workers=0)
     valid = splits.valid
-    valid._order.shuffle = False
+    valid.shuffle = False
     x, _ = next(iter(valid))
-    path, _ = valid._loader.dataset.samples[0]
+    path = valid.samples.name(0)
     with Image.open(path) as image:
         resized = image.resize((int(32 * image.width / 40), 32), Image.Resampling.BILINEAR)
     left = round((resized.width - 28) / 2)

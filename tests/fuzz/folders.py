@@ -73,7 +73,7 @@ def shown(part: Path) -> set[tuple[int, int]]:
 
 
 def identities(loader) -> list[tuple[int, int]]:
-    paths = [path for path, _ in loader._loader.dataset.samples]
+    paths = map(loader.samples.name, range(loader.size))
     return [(s.st_dev, s.st_ino) for s in map(os.stat, filter(os.path.exists, paths))]
 
 
