@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import fashion_mnist, idx
+from . import fashion_mnist, idx, shard_files, shards
 from .folder import MEAN, STD, FolderLoader, eval_transform, short_side, train_transform
 from .listing import check_apart, scan, some
 from .memory import MemoryLoader, resize, statistics
@@ -57,7 +57,9 @@ def loaders(
     seed: int = 0,
     workers: int = 2,
 ) -> Splits:
-    """Loaders of "fashion-mnist", of a folder with the four IDX files, or of an image folder with train/ and val/.
+    """Loaders of "fashion-mnist", of a folder with the four IDX files, or of images or shards in train/ and val/.
+
+    Shards are tar files as WebDataset lays them out (`data.shards`), in a folder or named by a brace pattern.
 
     About a `valid_fraction` of each class is held out of the training images for the arch steps, as `seed` and each
     image's path (in IDX files, its number) decide: see `hold_out`. It goes through the evaluation transforms, as in the
@@ -77,6 +79,10 @@ def loaders(
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"name_or_path must be a folder or the name fashion-mnist, got {name_or_path!r}")
     root = Path(name_or_path)
+    found = shard_files.find(os.fspath(name_or_path))
+    if found is not None:
+        train, test = map(shards.Shards, found)
+        return _from_shards(train, test, batch_size, resolution or 224, valid_fraction, seed, workers)
     if not root.is_dir():
         raise FileNotFoundError(f"no dataset at {root}: expected a folder, or the name fashion-mnist")
     if any(idx.find(root, name) for name in idx.FILES):
@@ -187,6 +193,25 @@ def _from_images(root: Path, batch_size: int, resolution: int, fraction: float, 
     check_apart(training, testing)
     train, test = Files(training.samples, str(root / "train")), Files(testing.samples, str(root / "val"))
     return _from_samples(train, test, training.classes, batch_size, resolution, fraction, seed, workers)
+
+
+def _from_shards(
+    train: shards.Shards,
+    test: shards.Shards,
+    batch_size: int,
+    resolution: int,
+    fraction: float,
+    seed: int,
+    workers: int,
+) -> Splits:
+    same = {os.path.realpath(path) for path in train.paths} & {os.path.realpath(path) for path in test.paths}
+    if same:
+        raise ValueError(f"{some(sorted(same))}: expected no shard in both parts")
+    strange = sorted(set(np.unique(test.labels).tolist()) - set(np.unique(train.labels).tolist()))
+    if strange:
+        raise ValueError(f"{test.paths[0]}: no training image has the test images' label {some(map(str, strange))}")
+    classes = tuple(map(str, range(int(train.labels.max()) + 1)))
+    return _from_samples(train, test, classes, batch_size, resolution, fraction, seed, workers)
 
 
 def _from_samples(
