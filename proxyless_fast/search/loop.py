@@ -20,10 +20,10 @@ from .interrupt import Interrupt
 from .journal import Journal
 from .objectives import objective
 from .optim import adam, cosine_of, frozen, optimizer_of, set_lr
-from .parts import to_device
+from .parts import count_images, to_device
 from .progress import console, note, progress_bar, report_epoch
 from .reinforce import log_probability, reward, surrogate, update_baseline
-from .steps import Backward, Measured, Step, shared_norms, step_of
+from .steps import Backward, Measured, Step, score_dtype, shared_norms, step_of
 
 
 class Search:
@@ -173,7 +173,7 @@ class Search:
             choices = {label: op.active for label, op in self.ops.items()}
             latencies.append(None if self.latency is None else self.latency.of_choices(choices))
             log_p.append(log_probability(self.ops.values()))
-        scores = self._scores_of_all(scores)
+        scores = self._scores_of_all(scores, count_images(batch))
         target, exponent = self.config.target_ms, self.config.reward_exponent
         rewards = [reward(score, ms, target, exponent) for score, ms in zip(scores, latencies, strict=True)]
         stacked = torch.stack(rewards)
@@ -186,17 +186,19 @@ class Search:
     def _score(self, batch: Any, number: int) -> Tensor:
         """The score of the active path; zero where the sample of this number is another process's."""
         if self.spread and number % self.ranks.size != self.ranks.rank:
-            return torch.zeros((), device=self.device)
+            return torch.zeros((), device=self.device, dtype=score_dtype(self.device))
         with self.backward.in_precision():
             _, measured = self.arch_loss(self.net, batch)
-        return torch.as_tensor(next(iter(measured.values())), device=self.device).float()
+        return torch.as_tensor(next(iter(measured.values())), device=self.device).to(score_dtype(self.device))
 
-    def _scores_of_all(self, scores: list[Tensor]) -> list[Tensor]:
+    def _scores_of_all(self, scores: list[Tensor], images: int) -> list[Tensor]:
         """Scores as all processes have them: of the samples that each took, or of the images that each had."""
         if not self.ranks.several:
             return scores
-        total = torch.tensor(self.ranks.start_sum(torch.stack(scores).tolist()).wait(), device=self.device)
-        return list((total if self.spread else total / self.ranks.size).float())
+        weight = 1 if self.spread else images
+        *sums, total = self.ranks.start_sum([weight * float(score) for score in scores] + [weight]).wait()
+        of_all = torch.tensor(sums, dtype=torch.float64) / (1 if self.spread else total)
+        return list(of_all.to(self.device, score_dtype(self.device)))
 
     def _sample(self, mode: Any, draw: str) -> tuple[list[nn.Parameter], set[int] | None]:
         """Draws the path of this step. Returns the weights that take part in any process, and ids of those in this one

@@ -21,10 +21,15 @@ Measured = dict[str, Any]
 Step = Callable[[nn.Module, Any], tuple[Tensor, Measured]]
 
 
+def score_dtype(device: torch.device) -> torch.dtype:
+    """Of scores: parts of a batch and the whole then agree to a rounding that Adam takes for nothing."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def top1(logits: Tensor, labels: Tensor) -> Tensor:
     """Fraction of images whose label has the largest logit; of soft labels, (B, classes), the largest."""
     labels = labels.argmax(1) if labels.dim() > 1 else labels
-    return (logits.detach().argmax(1) == labels).float().mean()
+    return (logits.detach().argmax(1) == labels).to(score_dtype(logits.device)).mean()
 
 
 class Supervised:

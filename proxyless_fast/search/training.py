@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..distributed.ranks import Ranks
-from .agreement import share_out
+from .agreement import is_repeated, share_out
 from .batches import epoch_batches
 from .config import WeightConfig, check_numbers
 from .diagnose import require_finite, require_finite_gradients
@@ -114,6 +114,8 @@ def evaluate(net: nn.Module, loader: Any) -> Accuracy:
     try:
         for batch, (inputs, labels) in enumerate(loader):
             inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if is_repeated(loader, batch, ranks):
+                continue
             logits = net(inputs).float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = cross_entropy(logits, labels, reduction="sum")
