@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..io.files import require_writable
+from ..io.files import held, require_writable
 from ..report import print_report
 from ..report.ends import command_line, ended
 from . import checks, stages
@@ -48,12 +48,20 @@ def _run(args: Namespace) -> None:
     checks.check(args)
     require_writable(run.folder)
     run.report()
-    CHAIN[args.command](run, args)
-    if args.command == "search" and args.all:
-        for stage in ("derive", "train", "eval", "export"):
+    with held(run.folder):
+        CHAIN[args.command](run, args)
+        if args.command == "search" and args.all:
+            _run_rest(run, args)
+            run.record("total", {"seconds": round(time.perf_counter() - start, 2)})
+            print_report(run.report(), run.folder)
+
+
+def _run_rest(run: Run, args: Namespace) -> None:
+    """The stages after the search; of a run that is gone on with, those that it has not ended."""
+    ended = run.report() if args.resume else {}
+    for stage in ("derive", "train", "eval", "export"):
+        if stage not in ended:
             CHAIN[stage](run, args)
-        run.record("total", {"seconds": round(time.perf_counter() - start, 2)})
-        print_report(run.report(), run.folder)
 
 
 @contextmanager

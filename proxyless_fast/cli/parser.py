@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..report.ends import Parser
-from ..search import SearchConfig, TrainConfig
+from ..search import Checkpoints, SearchConfig, TrainConfig
 from ..search.config import RENAMED
 from . import defaults
 from .space import SPACES
@@ -53,20 +53,23 @@ writes latency.yaml""",
   proxyless-fast search --all                       everything, from profile to export, with the defaults
   proxyless-fast search --all --target 0.1          a net that takes at most 0.1 ms
   proxyless-fast search --run runs/a --mode two --epochs 10
-  proxyless-fast search --run runs/a --resume       goes on after Ctrl-C, with the settings it was started with
+  proxyless-fast search --run runs/a --resume       goes on after any stop, with the settings it was started with
+  proxyless-fast search --all --resume              the same, and all stages that the run has not ended
   proxyless-fast search --all --space mobile --data /data/imagenet --table mobile.yaml --target 80
 
-reads latency.yaml; writes search.jsonl, tensorboard/, checkpoint.pt""",
+reads latency.yaml; writes search.jsonl, tensorboard/, checkpoints/""",
     "derive": """examples:
   proxyless-fast derive
   proxyless-fast derive --run runs/a --target 0.09   another target, without another search
 
-reads checkpoint.pt and latency.yaml; writes arch.json and weights.safetensors""",
+reads checkpoints/ and latency.yaml; writes arch.json and weights.safetensors""",
     "train": """examples:
   proxyless-fast train
   proxyless-fast train --run runs/a --from-scratch --epochs 30
+  proxyless-fast train --run runs/a --resume        goes on after any stop, with the settings it was started with
 
-reads arch.json and weights.safetensors; writes weights.safetensors, train.jsonl""",
+reads arch.json and weights.safetensors; writes weights.safetensors, train.jsonl
+and, until it ends, train-checkpoints/""",
     "eval": """examples:
   proxyless-fast eval
   proxyless-fast eval --run runs/a --data /data/imagenet
@@ -124,6 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers["derive"].add_argument(
         "--target", metavar="MS", type=float, help="latency not to exceed (default: the search's target)"
     )
+    subparsers["train"].add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    _checkpoint_options(subparsers["train"])
     group = subparsers["train"].add_argument_group("training")
     group.add_argument("--from-scratch", action="store_true", help="start from fresh weights, not from inherited ones")
     _config_options(group, TrainConfig, "", {space: defaults.of_space(space, TrainConfig) for space in SPACES})
@@ -189,7 +194,8 @@ def _data_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="run every stage: profile to export, and print the table")
-    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    _checkpoint_options(parser)
     group = parser.add_argument_group("search")
     group.add_argument(
         "--target",
@@ -204,6 +210,26 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training (with --all)")
     per_space = {space: defaults.of_space(space, TrainConfig) for space in SPACES}
     _config_options(group, TrainConfig, "train_", per_space, only=("epochs", "lr"))
+
+
+def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints (at each epoch's end and each stop; the last 3 are kept)")
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        metavar="X",
+        default=Checkpoints.minutes,
+        help="also after so many minutes (default: %(default)s)",
+    )
+    group.add_argument("--checkpoint-steps", type=int, metavar="N", help="also after so many steps (default: none)")
+
+
+def checkpoints_of(args: argparse.Namespace) -> Checkpoints:
+    """When the run of a command saves. Raises ValueError, which names the option."""
+    try:
+        return Checkpoints(args.checkpoint_steps, args.checkpoint_minutes)
+    except ValueError as error:
+        raise ValueError(str(error).replace("Checkpoints.", "--checkpoint-")) from error
 
 
 def _config_options(

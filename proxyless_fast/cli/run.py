@@ -18,7 +18,6 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.latency = self.folder / "latency.yaml"
-        self.checkpoint = self.folder / "checkpoint.pt"
         self.architecture = self.folder / "arch.json"
         self.weights = self.folder / "weights.safetensors"
         self.onnx = self.folder / "net.onnx"

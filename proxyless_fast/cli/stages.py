@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,15 @@ from ..io.text import plain, short
 from ..latency import ExpectedLatency, LatencyTable, MissingKey, measure
 from ..latency import profile as profile_net
 from ..report import describe_blocks
-from ..search import Search, SearchConfig, TrainConfig, evaluate
-from ..search import train as train_net
-from ..search.checkpoint import load
-from ..search.progress import console, progress_bar
+from ..search import Checkpoints, Search, SearchConfig, TrainConfig, Training, checkpoint, evaluate
+from ..search.progress import progress_bar, say
 from ..supernet import derive as derive_net
 from . import checks, defaults, space
-from .parser import config_of
+from .parser import checkpoints_of, config_of
 from .run import Run
 from .target import choose, parse_target
 
+SEARCHED = ["search.jsonl", "tensorboard/", "checkpoints/"]
 SPACE_OPTIONS = ("num_classes", "in_channels", "resolution", "width", "candidates")
 
 
@@ -51,30 +50,16 @@ def profile(run: Run, args: Namespace, net: nn.Module | None = None) -> None:
             run.record("space", space.settings_of(name, given, net))
         latency = ExpectedLatency(net, table)
         figures |= {"fastest": latency.fastest, "slowest": latency.slowest, **table.header, "files": [run.latency.name]}
-    console.print(
+    say(
         f"profile: {len(table)} blocks; fastest path {latency.fastest:.4g} ms, slowest {latency.slowest:.4g} ms; whole "
-        f"paths were predicted within {table.header['path_error']:.1%}",
-        soft_wrap=True,
+        f"paths were predicted within {table.header['path_error']:.1%}"
     )
 
 
 def search(run: Run, args: Namespace) -> None:
-    """Searches, from the start or from checkpoint.pt; with args.all, profiles before."""
-    if args.resume:
-        run.need(run.checkpoint, "search")
-        settings, data_settings = dict(run.stage("space")), run.stage("data")
-        _require_same(args, {**settings, "space": settings["name"], **run.stage("search")})
-        _require_same(args, {**data_settings, "data": data_settings["name"]})
-        splits, _ = _load_splits(run, args, settings["name"], settings["resolution"], data_settings)
-    else:
-        stored = {} if args.all else dict(run.report().get("space", {}))
-        settings = stored | _given(args, SPACE_OPTIONS) | ({} if args.space is None else {"name": args.space})
-        settings.setdefault("name", "small")
-        if settings["name"] not in space.SPACES:
-            space.build(settings["name"], {})
-        splits, data_settings = _load_splits(run, args, settings["name"], settings.get("resolution"), {})
-        for key in ("num_classes", "in_channels", "resolution"):
-            settings.setdefault(key, getattr(splits, key))
+    """Searches, from the start or from the newest checkpoint; with args.all, profiles before."""
+    every = checkpoints_of(args)
+    settings, data_settings, splits = _resumed_space(run, args) if args.resume else _new_space(run, args)
     name = settings.pop("name")
     for key in ("num_classes", "in_channels"):
         if settings[key] != getattr(splits, key):
@@ -88,32 +73,79 @@ def search(run: Run, args: Namespace) -> None:
     config_of(TrainConfig, args, name, prefix="train_")
     torch.manual_seed(data_settings["seed"])
     net = _prepare(space.build(name, settings), args)
-    if args.all and args.table is None and not (args.no_latency or args.resume):
+    if args.resume:
+        return _go_on(run, args, net, splits, every)
+    if args.all and args.table is None and not args.no_latency:
         profile(run, args, net)
 
     with run.timed("search") as figures:
-        without = run.stage("search")["target"] is None if args.resume else args.no_latency
-        with _naming(run.report_file) if args.resume else nullcontext():
-            latency = None if without else ExpectedLatency(net, _table(run, args.table))
-        if args.resume:
-            figures |= run.stage("search")
-            with _naming(run.report_file):
-                found = Search.resume(run.folder, net, splits.train, splits.valid, latency)
-            _require_same_search(run, found.config.to_dict())
-        else:
-            target, source = parse_target(args.target, latency)
-            config = config_of(SearchConfig, args, name, target_ms=target, seed=data_settings["seed"])
-            figures |= {"target": target, "target_source": source, **config.to_dict()}
-            found = Search(net, splits.train, splits.valid, config, latency, run.folder)
-            # What --resume and later stages need to know must be there if the search is interrupted.
-            run.record("space", space.settings_of(name, settings, net))
-            run.record("data", data_settings)
-            run.record("search", {**figures, "seconds": 0.0})
-        if latency is not None:
-            source = f"target {figures['target']:.4g} ms, {figures['target_source']}"
-            console.print(f"search: {source}", soft_wrap=True)
+        latency = None if args.no_latency else ExpectedLatency(net, _table(run, args.table))
+        target, source = parse_target(args.target, latency)
+        config = config_of(SearchConfig, args, name, target_ms=target, seed=data_settings["seed"])
+        figures |= {"target": target, "target_source": source, **config.to_dict()}
+        found = Search(net, splits.train, splits.valid, config, latency, run.folder, checkpoints=every)
+        # What --resume and later stages need to know must be there if the search is interrupted.
+        run.record("space", space.settings_of(name, settings, net))
+        run.record("data", data_settings)
+        run.record("search", {**figures, "seconds": 0.0})
+        _tell_target(figures)
         found.fit()
-        figures["files"] = ["search.jsonl", "tensorboard/", run.checkpoint.name]
+        figures["files"] = SEARCHED
+
+
+def _new_space(run: Run, args: Namespace) -> tuple[dict[str, Any], dict[str, Any], data.Splits]:
+    """Settings of the space and of the data, and the loaders, of a search from the start."""
+    earlier = checkpoint.newest(run.folder)
+    if earlier is not None:
+        raise ValueError(
+            f"{run.folder}: holds an earlier search ({earlier.relative_to(run.folder)}): add --resume to go on with "
+            "it, or --run FOLDER to begin another"
+        )
+    stored = {} if args.all else dict(run.report().get("space", {}))
+    settings = stored | _given(args, SPACE_OPTIONS) | ({} if args.space is None else {"name": args.space})
+    settings.setdefault("name", "small")
+    if settings["name"] not in space.SPACES:
+        space.build(settings["name"], {})
+    splits, data_settings = _load_splits(run, args, settings["name"], settings.get("resolution"), {})
+    for key in ("num_classes", "in_channels", "resolution"):
+        settings.setdefault(key, getattr(splits, key))
+    return settings, data_settings, splits
+
+
+def _resumed_space(run: Run, args: Namespace) -> tuple[dict[str, Any], dict[str, Any], data.Splits]:
+    """The same, of the search of the run; options that differ are refused."""
+    checkpoint.load(run.folder)
+    settings, data_settings = dict(run.stage("space")), run.stage("data")
+    _require_same(args, {**settings, "space": settings["name"], **run.stage("search")})
+    _require_same(args, {**data_settings, "data": data_settings["name"]})
+    if args.no_latency and run.stage("search").get("target") is not None:
+        raise ValueError("--no-latency: got it with --resume, expected the target that the search was started with")
+    if args.target is not None or args.table is not None:
+        raise ValueError("--resume: got a target or a table with it, expected those that the search was started with")
+    splits, _ = _load_splits(run, args, settings["name"], settings["resolution"], data_settings)
+    return settings, data_settings, splits
+
+
+def _go_on(run: Run, args: Namespace, net: nn.Module, splits: data.Splits, every: Checkpoints) -> None:
+    """The rest of the run's search; one that has ended is left as it is, with what later stages made of it."""
+    searched = run.stage("search")
+    with _naming(run.report_file):
+        latency = None if searched["target"] is None else ExpectedLatency(net, _table(run, None))
+        found = Search.resume(run.folder, net, splits.train, splits.valid, latency, checkpoints=every)
+    _require_same_search(run, found.config.to_dict(), found.path or run.folder)
+    if found.step == found.total_steps and "files" in searched:
+        say(f"search: it has ended, after step {found.step:,}")
+        return
+    with run.timed("search") as figures:
+        figures |= searched
+        _tell_target(figures)
+        found.fit()
+        figures["files"] = SEARCHED
+
+
+def _tell_target(figures: Mapping[str, Any]) -> None:
+    if figures["target"] is not None:
+        say(f"search: target {figures['target']:.4g} ms, {figures['target_source']}")
 
 
 def derive(run: Run, args: Namespace) -> None:
@@ -121,11 +153,11 @@ def derive(run: Run, args: Namespace) -> None:
     with run.timed("derive") as figures:
         settings = dict(run.stage("space"))
         searched = run.stage("search")
-        state = load(run.folder)
+        state, path = checkpoint.load(run.folder)
         net = space.build(settings.pop("name"), settings)
-        _require_same_search(run, state["config"])
+        _require_same_search(run, state["config"], path)
         with _naming(run.report_file):
-            load_state(net, state["net"], str(run.checkpoint))
+            load_state(net, state["net"], str(path))
         explicit = args.target if args.command == "derive" else None
         target = searched["target"] if explicit is None else explicit
         latency, error = None, 0.0
@@ -143,25 +175,39 @@ def derive(run: Run, args: Namespace) -> None:
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
         figures["files"] = [run.architecture.name, run.weights.name]
-    console.print(f"derive: {figures['note']}", soft_wrap=True)
+    say(f"derive: {figures['note']}")
 
 
 def train(run: Run, args: Namespace) -> None:
-    """Trains the derived net on all training images, from inherited weights or from scratch."""
+    """Trains the derived net on all training images, from inherited weights, from scratch, or from a checkpoint."""
+    name = run.stage("space")["name"]
+    scratch, prefix = getattr(args, "from_scratch", False), "train_" if args.command == "search" else ""
+    config, every = config_of(TrainConfig, args, name, prefix=prefix), checkpoints_of(args)
+    earlier = checkpoint.newest(run.folder, Training.kind)
+    # `search --all --resume` may have been stopped before its training.
+    resumed = args.resume and (args.command == "train" or earlier is not None)
+    if earlier is not None and not resumed:
+        raise ValueError(
+            f"{run.folder}: holds an unfinished training ({earlier.relative_to(run.folder)}): add --resume to go on "
+            f"with it, or remove {earlier.parent}"
+        )
     with run.timed("train") as figures:
-        name = run.stage("space")["name"]
-        scratch = getattr(args, "from_scratch", False)
-        config = config_of(TrainConfig, args, name, prefix="train_" if args.command == "search" else "")
         plain = _load_derived(run, weights=False)
         splits, data_settings = _load_splits(run, args, name, plain.resolution, run.stage("data"), valid_fraction=0.0)
         _require_shape(plain, splits, data_settings["name"], run.architecture)
         torch.manual_seed(data_settings["seed"])
         net = _prepare(_load_derived(run, weights=not scratch), args)
-        train_net(net, splits.train, config, log=run.folder / "train.jsonl")
+        if resumed:
+            training = Training.resume(run.folder, net, splits.train, every)
+            _require_same(args, training.config.to_dict(), prefix)
+        else:
+            training = Training(net, splits.train, config, run.folder, every)
+        training.fit()
         exports.describe(net, **_description(data_settings, "data"))
         exports.save_architecture(net, run.architecture)
         exports.save_weights(net, run.weights)
-        figures |= {**config.to_dict(), "from_scratch": scratch, "files": [run.weights.name, "train.jsonl"]}
+        figures |= {**training.config.to_dict(), "from_scratch": scratch, "files": [run.weights.name, "train.jsonl"]}
+    training.discard()  # the weights have all that was worth it
 
 
 def eval(run: Run, args: Namespace) -> None:
@@ -174,7 +220,7 @@ def eval(run: Run, args: Namespace) -> None:
         _require_shape(net, splits, data_settings["name"], run.architecture)
         accuracy = evaluate(_prepare(net, args), splits.test)
         figures |= {**asdict(accuracy), "data": data_settings["name"]}
-    console.print(f"eval: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images:,} test images")
+    say(f"eval: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images:,} test images")
 
 
 def export(run: Run, args: Namespace) -> None:
@@ -186,19 +232,16 @@ def export(run: Run, args: Namespace) -> None:
         threads = profiled if args.threads is None else args.threads
         figures |= {"measured": measure(run.onnx, threads=threads, repeats=args.repeats), "threads": threads}
         figures["files"] = [run.onnx.name]
-    console.print(f"export: {run.onnx}, {figures['measured']:.4g} ms in ONNX Runtime", soft_wrap=True)
+    say(f"export: {run.onnx}, {figures['measured']:.4g} ms in ONNX Runtime")
 
 
-def _require_same(args: Namespace, started: dict[str, Any]) -> None:
-    """Raises ValueError for an option that a resumed search cannot change."""
-    for name, value in _given(args, tuple(started)).items():
-        if name != "target" and value != started[name]:
+def _require_same(args: Namespace, started: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for an option that what is resumed cannot change."""
+    for name, value in _given(args, tuple(prefix + name for name in started)).items():
+        was = started[name.removeprefix(prefix)]
+        if name != "target" and value != was:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option}: got {value} with --resume, expected {started[name]} as the search was started")
-    if args.no_latency and started.get("target") is not None:
-        raise ValueError("--no-latency: got it with --resume, expected the target that the search was started with")
-    if args.target is not None or args.table is not None:
-        raise ValueError("--resume: got a target or a table with it, expected those that the search was started with")
+            raise ValueError(f"{option}: got {value} with --resume, expected {was} as it was started with")
 
 
 def _given(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -260,13 +303,13 @@ def _load_derived(run: Run, weights: bool = True) -> nn.Module:
     return net
 
 
-def _require_same_search(run: Run, config: Mapping[str, Any]) -> None:
-    """Raises ValueError where checkpoint.pt has other settings than report.json: one of the two is of another run."""
+def _require_same_search(run: Run, config: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError where a checkpoint has other settings than report.json: one of the two is of another run."""
     searched = run.stage("search")
     for name, value in {**config, "target": config.get("target_ms", config.get("target"))}.items():
         if name in searched and searched[name] != value:
             raise ValueError(
-                f"{run.checkpoint}: {name} is {short(value)}, expected {short(searched[name])} as in {run.report_file}"
+                f"{path}: {name} is {short(value)}, expected {short(searched[name])} as in {run.report_file}"
             )
 
 

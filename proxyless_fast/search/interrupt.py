@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -31,6 +32,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == signal.SIGINT:
@@ -55,8 +57,23 @@ class Interrupt:
             return KeyboardInterrupt(message)
         return Preempted(f"{message} ({self.requested.name})")
 
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """Within, a worker's end raises nothing: torch's handler, which would, is asked when the step is done."""
+        if not self._in_main_thread:
+            yield
+            return
+        ended: list[int] = []
+        handler = signal.signal(signal.SIGCHLD, lambda number, frame: ended.append(number))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+        if ended and callable(handler):
+            handler(signal.SIGCHLD, None)
+
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
+        if self._in_main_thread:
             for number in (signal.SIGINT, *PREEMPTIONS):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._request)

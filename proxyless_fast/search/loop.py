@@ -1,6 +1,6 @@
 """The search: weights on training data, alphas on validation data, in turns (paper section 3.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks, digest
-from ..io.state import load_state
 from ..latency import ExpectedLatency, LatencyTable
 from ..supernet import ActiveParameters, arch_parameters, mixed_ops, rescale, sample, weight_parameters
 from . import checkpoint
 from .agreement import require_agreement, require_images, require_own_batches, share_out
 from .batches import endless_batches, epoch_batches, generator
+from .checkpoint import Checkpoints
 from .config import SearchConfig
 from .diagnose import require_finite, require_finite_gradients
-from .interrupt import Interrupt
-from .journal import Journal
 from .objectives import objective
 from .optim import adam, cosine_of, frozen, optimizer_of, set_lr
 from .parts import count_images, to_device
-from .progress import console, note, progress_bar, report_epoch
 from .reinforce import log_probability, reward, surrogate, update_baseline
-from .steps import Backward, Measured, Step, score_dtype, shared_norms, step_of
+from .session import Session
+from .steps import Backward, Measured, Step, score_dtype, step_of
 
 
-class Search:
+class Search(Session):
     """A search over the mixed ops of any module; `fit()` runs it.
 
     net: maps a batch of inputs to logits (B, classes); trained in place, on the device its parameters are on.
@@ -35,7 +33,9 @@ class Search:
     config: SearchConfig.
     table: a LatencyTable, for a net with `layers()`; or any object that returns E[lat] in ms, a differentiable scalar,
         when called and has `of_choices({label: index}) -> ms`; None: no latency term.
-    out: folder for search.jsonl, tensorboard/ and checkpoint.pt; None: nothing is written.
+    out: folder for search.jsonl, tensorboard/ and checkpoints/, without those of another search; None: nothing is
+        written.
+    checkpoints: when to save beside epochs' ends and stops; default: every 10 minutes, and the last 3 are kept.
 
     Other tasks than classification give one or more of these:
 
@@ -51,9 +51,13 @@ class Search:
     must give each process its own part, as torch's DistributedSampler does. Rank 0 writes.
 
     `history` gets a dict of means after each epoch. Raises ValueError where the net has no mixed op, a loader is empty,
-    its images or classes are not the net's, or the target does not suit the table, and NonFiniteLoss (a ValueError)
-    where a loss or a gradient is NaN or infinite; LostRank (a RuntimeError) where another process has ended.
+    its images or classes are not the net's, the target does not suit the table, or the folder holds checkpoints, and
+    NonFiniteLoss (a ValueError) where a loss or a gradient is NaN or infinite; LostRank (a RuntimeError) where another
+    process has ended.
     """
+
+    kind = "search"
+    resumed_by = "Search.resume({out!r}, ...) or `proxyless-fast search --resume`"
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Search:
         table: Any = None,
         out: str | Path | None = None,
         *,
+        checkpoints: Checkpoints | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         metric: Callable[[Any, Any], Tensor] | None = None,
         step: Step | None = None,
@@ -95,7 +100,6 @@ class Search:
         self.arch_loss = step_of(step, loss, metric)
         self.active = ActiveParameters(net)
         self.backward = Backward(self.weights, ranks, self.device, config.precision, config.accumulate)
-        self.step, self.total_steps = 0, len(train) * (config.warmup_epochs + config.epochs)
         self.schedule = schedule or cosine_of(config, train, ranks)
         self.weight_optimizer = (
             weight_optimizer(self.weights) if weight_optimizer else optimizer_of(config, self.weights)
@@ -106,10 +110,9 @@ class Search:
             else adam(self.alphas, config.arch_lr, config.arch_weight_decay)
         )
         self.baseline: Tensor | None = None
-        self.history: list[dict[str, float]] = []
-        self.out = None if out is None else Path(out)
-        self.journal = Journal(None)
         self._begun = False
+        epochs = config.warmup_epochs + config.epochs
+        super().__init__({"train": train, "valid": valid}, epochs, out, checkpoints)
 
     def weight_step(self, batch: Any, requests: Sequence[float] = ()) -> list[float]:
         """One step of the weights of a sampled path. Only its parameters get a gradient, momentum and decay.
@@ -212,79 +215,53 @@ class Search:
         paths = self.ranks.gather([op.active for op in self.ops.values()])
         return self.active(paths), {id(p) for p in self.active()}
 
-    def fit(self) -> "Search":
-        """Runs all remaining epochs, with a checkpoint after each.
+    def batches(self, epoch: int, position: int) -> Iterator[tuple]:
+        """A training batch of each step, and a validation batch where the step moves the alphas too, else None."""
+        start = epoch * len(self.train)
+        arch_batches = self._arch_batches(start, start + position)
+        for step, batch in enumerate(epoch_batches(self.train, epoch, position, self.seed), start + position):
+            yield batch, next(arch_batches) if self._arch_step_due(step) else None
 
-        Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save after the running step; then KeyboardInterrupt is raised, or Preempted
-        (a SystemExit of code 0), and says how to go on.
-        """
-        if self.out is not None and self.ranks.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-        means = self.journal.state_dict()
-        log = self.out / "search.jsonl" if self.out is not None and self.ranks.first else None
-        self.journal = Journal(log, first_step=self.step, mean=self.ranks.mean)
-        self.journal.load_state_dict(means)
-        progress, task = progress_bar("search", self.total_steps, self.step, shown=self.ranks.first)
-        self.net.train()
-        stopping = False
-        try:
-            with progress, Interrupt() as interrupt, shared_norms(self.net, self.ranks, self.config.sync_norm):
-                while self.step < self.total_steps:
-                    epoch, arch_batches = self.step // len(self.train), self._arch_batches()
-                    for batch in epoch_batches(self.train, epoch, self.step % len(self.train)):
-                        sums = self.weight_step(batch, interrupt.requests())
-                        if self._arch_step_due(self.step):
-                            self.arch_step(next(arch_batches))
-                        self.step += 1
-                        if self.step % self.config.log_every == 0:
-                            self._require_same()
-                            progress.update(task, completed=self.step, note=note(self.journal.flush()))
-                        if stopping := interrupt.heed(sums, self.ranks.several):
-                            break
-                    if self.step % len(self.train) == 0:
-                        self._close_epoch(epoch)
-                    if stopping:
-                        raise interrupt.stop(self._saved())
-        finally:
-            self.journal.close()
-        return self
+    def run_step(self, batches: tuple, requests: Sequence[float]) -> list[float]:
+        """A weight step, and where there is a batch for it an arch step."""
+        batch, arch_batch = batches
+        sums = self.weight_step(batch, requests)
+        if arch_batch is not None:
+            self.arch_step(arch_batch)
+        return sums
 
     def entropy(self) -> Tensor:
         """Mean entropy of the mixed ops' probabilities, in nats."""
         return torch.stack([torch.special.entr(op.probabilities().detach()).sum() for op in self.ops.values()]).mean()
 
-    def save(self) -> None:
-        """Writes the checkpoint that `resume` continues from exactly."""
-        if not self.ranks.first:
-            return
-        if self.out is None:
-            raise ValueError("out: the search has no folder, expected one to save a checkpoint in")
-        checkpoint.save(
-            self.out,
-            {
-                "step": self.step,
-                "config": self.config.to_dict(),
-                "net": self.net.state_dict(),
-                "weight_optimizer": self.weight_optimizer.state_dict(),
-                "arch_optimizer": self.arch_optimizer.state_dict(),
-                "baseline": self.baseline,
-                "history": self.history,
-                "sums": self.journal.state_dict(),
-                "rng": torch.get_rng_state(),
-            },
-        )
+    def own_state(self) -> dict[str, Any]:
+        return {
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "baseline": self.baseline,
+        }
+
+    def restore_own(self, state: Mapping[str, Any], path: Path) -> None:
+        for name in ("weight_optimizer", "arch_optimizer"):
+            checkpoint.load_optimizer(getattr(self, name), state[name], f"{path}: {name}")
+        baseline = state["baseline"]
+        if baseline is not None and baseline.dim():
+            raise ValueError(f"{path}: baseline must be one number, got a tensor of shape {tuple(baseline.shape)}")
+        self.baseline = None if baseline is None else baseline.to(self.device, copy=True)
 
     @classmethod
-    def resume(cls, out: str | Path, net: nn.Module, train: Any, valid: Any, table: Any = None) -> "Search":
-        """The search of a run folder as its checkpoint left it; `fit()` goes on, to the same bits as without a stop.
+    def resume(
+        cls, out: str | Path, net: nn.Module, train: Any, valid: Any, table: Any = None, **more: Any
+    ) -> "Search":
+        """The search of a run folder as its newest whole checkpoint left it; `fit()` goes on, to the same bits as
+        without a stop.
 
-        net, train, valid, table: as they were given to the search that wrote it. Raises FileNotFoundError without a
-        checkpoint, ValueError where it is damaged, or does not fit the net or the loaders.
+        net, train, valid, table, and what else is given by name: as the search that wrote it was given them. Raises
+        FileNotFoundError without a checkpoint, ValueError where none is whole, or it does not fit net or loaders.
         """
-        state, path = checkpoint.load(out), Path(out) / checkpoint.NAME
-        search = cls(net, train, valid, checkpoint.config_of(state, path), table, out)
-        load_state(net, state["net"], str(path))
-        checkpoint.restore(search, state, path)
+        state, path = checkpoint.load(out)
+        search = cls(net, train, valid, checkpoint.config_of(SearchConfig, state, path), table, **more)
+        search.restore(out, state, path)
         return search
 
     def _check_target(self) -> None:
@@ -311,15 +288,15 @@ class Search:
     def _arch_step_due(self, step: int) -> bool:
         return step >= self.config.warmup_epochs * len(self.train) and (step + 1) % self.config.arch_every == 0
 
-    def _arch_batches(self) -> Any:
-        """Validation batches from the running step on; each epoch starts a new pass, so the step decides the batch."""
-        epoch, start = self.step // len(self.train), self.step - self.step % len(self.train)
+    def _arch_batches(self, start: int, step: int) -> Iterator[Any]:
+        """Validation batches of an epoch that starts at a step, from another step on; each epoch is a new pass, so the
+        step decides the batch."""
         per_epoch = -(-len(self.train) // self.config.arch_every)
         passes = -(-per_epoch // len(self.valid))
-        done = sum(self._arch_step_due(step) for step in range(start, self.step))
-        return endless_batches(self.valid, epoch * passes, done)
+        done = sum(self._arch_step_due(earlier) for earlier in range(start, step))
+        return endless_batches(self.valid, start // len(self.train) * passes, done, self.seed)
 
-    def _require_same(self) -> None:
+    def require_same(self) -> None:
         """Raises ValueError where the processes do not have the same alphas, or not the same path where they should."""
         if self.ranks.several:
             paths = [op.active for op in self.ops.values()] if self.config.paths == "same" and not self.spread else []
@@ -342,26 +319,12 @@ class Search:
         if self._looks:
             require_finite(loss, self.net, batch, self.step, kind, latency)
 
-    def _close_epoch(self, epoch: int) -> None:
+    def close_epoch(self, epoch: int) -> list[str]:
+        pruned = []
         if self.config.prune_below is not None and epoch >= self.config.warmup_epochs:
             for label, op in self.ops.items():
-                for name in op.prune(self.config.prune_below):
-                    if self.ranks.first:
-                        console.print(f"pruned {name} of {label}", soft_wrap=True)
-        self.history.append({"epoch": epoch, **self.journal.close_epoch()})
-        self.journal.write(self.step - 1, "epoch", self.history[-1])
-        self.journal.write(
-            self.step - 1, "alpha", {label: op.probabilities().tolist() for label, op in self.ops.items()}
-        )
-        if self.ranks.first:
-            report_epoch(self.history[-1], self.config.warmup_epochs + self.config.epochs)
-        if self.out is not None:
-            self.save()
-
-    def _saved(self) -> str:
-        """Saves, where there is a folder, and says how to go on."""
-        stopped = f"search stopped after step {self.step} of {self.total_steps}"
-        if self.out is None:
-            return stopped
-        self.save()
-        return f"{stopped}; Search.resume({str(self.out)!r}, ...) or `proxyless-fast search --resume` continues it"
+                pruned += [f"pruned {name} of {label}" for name in op.prune(self.config.prune_below)]
+        lines = super().close_epoch(epoch)
+        probabilities = {label: op.probabilities().tolist() for label, op in self.ops.items()}
+        self.journal.write(self.step - 1, "alpha", probabilities)
+        return [*pruned, *lines]

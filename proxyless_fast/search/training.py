@@ -1,5 +1,6 @@
 """Training and evaluation of a plain net: what comes after the search."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..distributed.ranks import Ranks
+from . import checkpoint
 from .agreement import is_repeated, share_out
 from .batches import epoch_batches
+from .checkpoint import Checkpoints
 from .config import WeightConfig, check_numbers
 from .diagnose import require_finite, require_finite_gradients
-from .journal import Journal
 from .optim import cosine_of, optimizer_of, set_lr
-from .progress import note, progress_bar, report_epoch
-from .steps import Backward, Measured, shared_norms, step_of
+from .session import Session
+from .steps import Backward, Measured, step_of
 
 
 @dataclass(frozen=True)
@@ -45,57 +47,91 @@ class Accuracy:
     images: int
 
 
+class Training(Session):
+    """The training of a plain net, in place, on the device it is on; `fit()` runs it.
+
+    loader: sized iterable of (inputs, labels); its `set_epoch(n)` is called where there is one. config: TrainConfig.
+    out: folder for train.jsonl, tensorboard/ and train-checkpoints/, without those of another training; None: nothing
+    is written. checkpoints: when to save beside epochs' ends and stops. Raises ValueError for an empty loader or a used
+    folder, and NonFiniteLoss where a loss or a gradient is NaN or infinite.
+    """
+
+    kind = "train"
+    resumed_by = "Training.resume({out!r}, ...) or `proxyless-fast train --resume`"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loader: Any,
+        config: TrainConfig | None = None,
+        out: str | Path | None = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.net, self.loader = net, loader
+        self.config = config = config or TrainConfig()
+        self.ranks = ranks = Ranks.current()
+        if len(loader) == 0:
+            raise ValueError("loader: got 0 batches, expected at least one")
+        self.parameters = list(net.parameters())
+        self.device = self.parameters[0].device
+        share_out(loader, ranks)
+        ranks.broadcast(net)
+        self.loss = step_of(None, None, None, config.label_smoothing)
+        self.backward = Backward(self.parameters, ranks, self.device, config.precision, config.accumulate)
+        self.optimizer, self.schedule = optimizer_of(config, self.parameters), cosine_of(config, loader, ranks)
+        super().__init__({"loader": loader}, config.epochs, out, checkpoints)
+
+    def batches(self, epoch: int, position: int) -> Iterator[Any]:
+        return epoch_batches(self.loader, epoch, position, self.seed)
+
+    def run_step(self, batch: Any, requests: Sequence[float]) -> list[float]:
+        """One step of all weights."""
+        lr = self.schedule(self.step, self.total_steps)
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        # The host waits for an accelerator only where the log does.
+        self._looks = self.device.type == "cpu" or (self.step + 1) % self.config.log_every == 0
+        measured = self.backward(batch, self._forward, self.parameters, requests=requests)
+        if self._looks and not self.backward.scaler.is_enabled():
+            require_finite_gradients(self.net, self.parameters, self.step, "train")
+        self.backward.update(self.optimizer, self.config.clip_norm)
+        self.journal.add(self.step, "train", **measured, lr=lr)
+        return self.backward.requested
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Measured]:
+        loss, measured = self.loss(self.net, batch)
+        if self._looks:
+            require_finite(loss, self.net, batch, self.step, "train")
+        return loss, {"loss": loss, **measured}
+
+    def own_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def restore_own(self, state: Mapping[str, Any], path: Path) -> None:
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"], f"{path}: optimizer")
+
+    @classmethod
+    def resume(cls, out: str | Path, net: nn.Module, loader: Any, checkpoints: Checkpoints | None = None) -> "Training":
+        """The training of a folder as its newest whole checkpoint left it; see `Search.resume`."""
+        state, path = checkpoint.load(out, cls.kind)
+        training = cls(net, loader, checkpoint.config_of(TrainConfig, state, path), None, checkpoints)
+        training.restore(out, state, path)
+        return training
+
+
 def train(net: nn.Module, loader: Any, config: TrainConfig | None = None, log: str | Path | None = None) -> nn.Module:
     """Trains net in place, from the weights it has, on the device they are on; returns it.
 
-    loader: sized iterable of (inputs, labels); its `set_epoch(n)` is called where there is one. log: a JSON-lines file
-    to write, with tensorboard/ beside it. Raises ValueError for an empty loader, and NonFiniteLoss where the loss is
-    NaN or infinite.
+    loader, config: as `Training` takes them. log: a JSON-lines file to write, with tensorboard/ beside it; what was in
+    it is replaced. There are no checkpoints: for those, use `Training`.
     """
-    config, ranks = config or TrainConfig(), Ranks.current()
-    if len(loader) == 0:
-        raise ValueError("loader: got 0 batches, expected at least one")
-    parameters = list(net.parameters())
-    device = parameters[0].device
-    share_out(loader, ranks)
-    ranks.broadcast(net)
-    loss_of = step_of(None, None, None, config.label_smoothing)
-    backward = Backward(parameters, ranks, device, config.precision, config.accumulate)
-    optimizer, schedule = optimizer_of(config, parameters), cosine_of(config, loader, ranks)
-    journal = Journal(None if log is None or not ranks.first else Path(log), mean=ranks.mean)
-    step, total = 0, config.epochs * len(loader)
-    progress, task = progress_bar("train", total, shown=ranks.first)
-    net.train()
-
-    def forward(batch: Any) -> tuple[Tensor, Measured]:
-        loss, measured = loss_of(net, batch)
-        if looks:
-            require_finite(loss, net, batch, step, "train")
-        return loss, {"loss": loss, **measured}
-
+    training = Training(net, loader, config)
+    if log is not None and training.ranks.first:
+        training.journal.open(Path(log))
     try:
-        with progress, shared_norms(net, ranks, config.sync_norm):
-            for epoch in range(config.epochs):
-                for batch in epoch_batches(loader, epoch):
-                    lr = schedule(step, total)
-                    set_lr(optimizer, lr)
-                    optimizer.zero_grad(set_to_none=True)
-                    logged = (step + 1) % config.log_every == 0
-                    looks = logged or device.type == "cpu"  # the host waits for an accelerator only where the log does
-                    measured = backward(batch, forward, parameters)
-                    if looks and not backward.scaler.is_enabled():
-                        require_finite_gradients(net, parameters, step, "train")
-                    backward.update(optimizer, config.clip_norm)
-                    journal.add(step, "train", **measured, lr=lr)
-                    step += 1
-                    if logged:
-                        progress.update(task, completed=step, note=note(journal.flush()))
-                means = {"epoch": epoch, **journal.close_epoch()}
-                journal.write(step - 1, "epoch", means)
-                if ranks.first:
-                    report_epoch(means, config.epochs)
+        training.fit()
     finally:
-        journal.close()
+        training.journal.close()
     return net
 
 

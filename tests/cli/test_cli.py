@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,7 +19,8 @@ from rich.console import Console
 from proxyless_fast.cli import main
 from proxyless_fast.cli.parser import SUMMARIES
 from proxyless_fast.report import block_lines, print_report
-from proxyless_fast.search import Search, progress
+from proxyless_fast.search import Search, checkpoint, progress
+from tests.fuzz._checkpoints import only
 
 FAST = ["--batch-size", "16", "--epochs", "1", "--warmup-epochs", "1", "--arch-every", "2", "--log-every", "2"]
 SMALL_SPACE = ["--candidates", "3x3_MBConv3", "5x5_MBConv3"]
@@ -77,7 +79,7 @@ def fails(capsys, *arguments):
 
 
 def test_whole_chain(finished, capsys):
-    for name in ("latency.yaml", "search.jsonl", "checkpoint.pt", "arch.json", "weights.safetensors", "net.onnx"):
+    for name in ("latency.yaml", "search.jsonl", "checkpoints", "arch.json", "weights.safetensors", "net.onnx"):
         assert (finished / name).stat().st_size > 0
     report = json.loads((finished / "report.json").read_text())
     assert {"profile", "search", "derive", "train", "eval", "export", "total"} <= report.keys()
@@ -110,8 +112,7 @@ def test_stages_one_by_one_equal_the_chain(finished, dataset, tmp_path):
 
 
 def test_derive_for_another_target(finished, dataset, tmp_path, capsys):
-    for name in ("latency.yaml", "checkpoint.pt", "report.json"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     fastest = json.loads((finished / "report.json").read_text())["profile"]["fastest"]
     assert main(["derive", "--run", str(tmp_path), "--target", f"{fastest * 1.001}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -154,7 +155,7 @@ def test_a_signal_and_resume(number, code, finished, dataset, tmp_path, capsys, 
     assert "--batch-size: got 8 with --resume" in fails(capsys, "search", *run, "--resume", "--batch-size", "8")
     assert "--epochs: got 9 with --resume" in fails(capsys, "search", *run, "--resume", "--epochs", "9")
     assert main(["search", *run, "--resume"]) == 0
-    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path, finished))
+    ours, theirs = (checkpoint.load(f)[0] for f in (tmp_path, finished))
     assert ours["step"] == theirs["step"]
     for key, value in theirs["net"].items():
         assert torch.equal(ours["net"][key], value), key
@@ -205,15 +206,15 @@ def test_missing_paths(tmp_path, dataset, capsys):
 
 
 def test_damaged_files(finished, tmp_path, capsys):
-    for name in ("latency.yaml", "checkpoint.pt", "report.json", "arch.json", "weights.safetensors"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     run = ("--run", str(tmp_path))
     (tmp_path / "weights.safetensors").write_bytes(b"x")
     assert "weights.safetensors" in fails(capsys, "export", *run)
     (tmp_path / "arch.json").write_text("{")
     assert "arch.json" in fails(capsys, "export", *run)
-    (tmp_path / "checkpoint.pt").write_bytes(b"x")
-    assert "checkpoint.pt" in fails(capsys, "derive", *run)
+    newest = only(tmp_path)
+    newest.write_bytes(b"x")
+    assert str(newest) in fails(capsys, "derive", *run)
     (tmp_path / "report.json").write_text("[]")
     assert "report.json" in fails(capsys, "derive", *run)
 

@@ -1,6 +1,7 @@
 """The files of a run say what the outputs of its net are called and what its images went through."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -60,8 +61,7 @@ def test_data_of_other_classes_are_refused(run, tmp_path, capsys, command):
 
 
 def test_a_run_of_an_older_version_says_nothing(run, tmp_path):
-    for name in ("checkpoint.pt", "report.json"):
-        (tmp_path / name).write_bytes((run / name).read_bytes())
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     report = json.loads((tmp_path / "report.json").read_text())
     del report["data"]["classes"], report["data"]["preprocessing"]
     (tmp_path / "report.json").write_text(json.dumps(report))
@@ -70,8 +70,7 @@ def test_a_run_of_an_older_version_says_nothing(run, tmp_path):
 
 
 def test_a_damaged_report_is_named(run, tmp_path, capsys):
-    for name in ("checkpoint.pt", "report.json"):
-        (tmp_path / name).write_bytes((run / name).read_bytes())
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     report = json.loads((tmp_path / "report.json").read_text())
     report["data"]["classes"] = ["aardvark", 3]
     (tmp_path / "report.json").write_text(json.dumps(report))

@@ -19,8 +19,10 @@ from proxyless_fast.bench import run as bench
 from proxyless_fast.data import UnreadableImage
 from proxyless_fast.io.files import atomic, require_writable
 from proxyless_fast.latency import MissingKey
+from proxyless_fast.search import checkpoint
 from tests.cli.test_cli import write_idx
 from tests.fuzz import run_folders
+from tests.fuzz._checkpoints import rewrite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -153,9 +155,9 @@ def test_weights_of_another_net_are_refused_with_both_files(made, finished):
     (finished / "weights.safetensors").write_bytes((made / "other" / "weights.safetensors").read_bytes())
     line = refused("eval", "--run", finished)
     assert f"{finished}/weights.safetensors does not fit the net of {finished}/arch.json: " in line
-    (finished / "checkpoint.pt").write_bytes((made / "other" / "checkpoint.pt").read_bytes())
+    newest = rewrite(finished, checkpoint.load(made / "other")[0])
     line = refused("derive", "--run", finished)
-    assert f"{finished}/checkpoint.pt" in line and f"{finished}/report.json" in line
+    assert str(newest) in line and f"{finished}/report.json" in line
 
 
 @pytest.mark.parametrize("key", ["parameters", "macs"])
@@ -184,10 +186,10 @@ def test_images_that_the_net_was_not_made_for_are_refused(made, finished, tmp_pa
 def test_an_option_that_contradicts_a_resumed_search(made, tmp_path):
     folder = shutil.copytree(made / "stopped", tmp_path / "stopped")
     assert "--no-latency" in refused("search", "--run", folder, "--resume", "--no-latency")
-    state = torch.load(folder / "checkpoint.pt")
-    torch.save({**state, "config": {**state["config"], "lr": 0.5}}, folder / "checkpoint.pt")
+    state, _ = checkpoint.load(folder)
+    newest = rewrite(folder, {**state, "config": {**state["config"], "lr": 0.5}})
     line = refused("search", "--run", folder, "--resume")
-    assert f"checkpoint.pt: lr is 0.5, expected 0.1 as in {folder}/report.json" in line
+    assert f"{newest}: lr is 0.5, expected 0.1 as in {folder}/report.json" in line
 
 
 # full disks
@@ -236,7 +238,7 @@ sys.exit(main(sys.argv[2:]))
     ("limit", "stage", "name"),
     [
         (100, "derive", "arch.json"), (10_000, "derive", "weights.safetensors"), (10_000, "export", "net.onnx"),
-        (1000, "train", "(train.jsonl|tensorboard)"), (20_000, "search", "checkpoint.pt"),
+        (1000, "train", "(train.jsonl|tensorboard)"), (20_000, "search", r"checkpoints/\d+-\w+.pt"),
         (1000, "search", "search.jsonl"),
     ],
 )  # fmt: skip

@@ -35,6 +35,7 @@ from proxyless_fast.latency import ExpectedLatency, LatencyTable, MissingKey
 from proxyless_fast.search import checkpoint
 from proxyless_fast.spaces.chain_net import supernet
 from proxyless_fast.supernet import derive, mixed_ops
+from tests.fuzz._checkpoints import content_of
 from tests.fuzz._command import from_command_line
 
 SECOND = 1.0  # of CPU time; nets that may be built get more, by their parameters
@@ -59,7 +60,7 @@ STATE: dict[str, Any] = {
 }  # fmt: skip
 NAMES = {
     "table": "t.yaml", "official": "net.config", "architecture": "arch.json", "report": "report.json",
-    "weights": "w.safetensors", "checkpoint": checkpoint.NAME,
+    "weights": "w.safetensors", "checkpoint": checkpoint.LEGACY,
 }  # fmt: skip
 
 
@@ -197,6 +198,12 @@ class Files:
         state = {**STATE, "format": draw.choice((1, 1, 1, 2, "1")), "net": net}
         if draw.random() < 0.4:
             state[draw.choice(list(state))] = self.value()
+        if draw.random() < 0.5:
+            state = content_of({**{name: value for name, value in state.items() if name != "format"}, "net": net})
+            if draw.random() < 0.5:
+                state["values"] = self.bytes(state["values"].encode()).decode(errors="replace")
+            if draw.random() < 0.2:
+                state[draw.choice(("values", "buffers"))] = self.value()
         torch.save(state, file)
         if draw.random() < 0.4:
             return file.getvalue()
@@ -239,7 +246,7 @@ class Files:
         return self.finite()
 
     def read_checkpoint(self, path: Path) -> int:
-        load_state(self.chain, checkpoint.load(path.parent).get("net"), str(path))  # type: ignore[arg-type]
+        load_state(self.chain, checkpoint.read(path).get("net"), str(path))  # type: ignore[arg-type]
         return self.finite()
 
     def finite(self) -> int:

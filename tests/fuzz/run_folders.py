@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from proxyless_fast.cli import main as command
-from proxyless_fast.search import Search
+from proxyless_fast.search import Search, checkpoint
+from proxyless_fast.search.session import OF_LOADERS
+from tests.fuzz._checkpoints import only, rewrite
 from tests.fuzz._command import from_command_line
 
 SEARCH = [
@@ -38,7 +39,15 @@ STAGES: dict[str, list[str]] = {
     "derive": [], "train": ["--epochs", "1"], "eval": [], "export": ["--repeats", "1"], "report": [],
     "search": ["--resume"],
 }  # fmt: skip
-FILES = ("latency.yaml", "checkpoint.pt", "arch.json", "weights.safetensors", "net.onnx", "report.json", "search.jsonl")
+FILES = (
+    "latency.yaml",
+    "checkpoints/*.pt",
+    "arch.json",
+    "weights.safetensors",
+    "net.onnx",
+    "report.json",
+    "search.jsonl",
+)
 VALUES: tuple[Any, ...] = (None, True, -1, 1.5, 10**30, "", "x", "é\ud800", [], {}, [[]], {"x": 1}, [1, 2, 3])
 
 
@@ -71,6 +80,7 @@ def make(folder: Path) -> None:
     search = ["--data", str(folder / "data"), "--repeats", "2", "--train-epochs", "1", *SEARCH]
     for name, more in (("finished", ()), ("other", ("--seed", "1", "--candidates", "7x7_MBConv2"))):
         assert run("search", "--all", "--run", str(folder / name), *search, *more)[0] == 0
+        only(folder / name)
     (folder / "stopped").mkdir()
     shutil.copy(folder / "finished" / "latency.yaml", folder / "stopped")
     weight_step = Search.weight_step
@@ -93,7 +103,7 @@ def output(stage: str, folder: Path, printed: str) -> Any:
     if stage == "report":
         return printed.replace(str(folder), "")
     if stage == "search":
-        return {k: v.numpy().tobytes() for k, v in torch.load(folder / "checkpoint.pt")["net"].items()}
+        return {k: v.numpy().tobytes() for k, v in checkpoint.load(folder)[0]["net"].items()}
     weights = "weights.safetensors"
     written = {"derive": ("arch.json", weights), "train": (weights,), "export": ("net.onnx",)}
     figures = json.loads((folder / "report.json").read_text())[stage]
@@ -110,11 +120,12 @@ class Damage:
 
     def any(self, folder: Path, stage: str) -> tuple[str, str]:
         """The file that was damaged, and how."""
-        name = self.draw.choice([name for name in FILES if (folder / name).exists()])
+        path = self.draw.choice([path for name in FILES for path in folder.glob(name)])
+        name = "checkpoints/" if path.suffix == ".pt" else path.name
         own = {"json": self.document, "yaml": self.table, "pt": self.state, "safetensors": self.header}
         changes: list[Callable] = [self.whole, self.whole, self.cut]
         changes += [own[suffix]] * 4 if (suffix := name.rpartition(".")[2]) in own else [self.lines]
-        return name, self.draw.choice(changes)(folder / name, stage)
+        return name, self.draw.choice(changes)(path, stage)
 
     def whole(self, path: Path, stage: str) -> str:
         kind = self.draw.choice(("gone", "empty", "folder", "noise", "another kind", "another run", "pipe", "loop"))
@@ -129,11 +140,14 @@ class Damage:
         elif kind == "noise":
             path.write_bytes(self.draw.randbytes(200))
         elif kind == "another kind":
-            name = self.draw.choice([name for name in FILES if name != path.name])
-            path.write_bytes((self.other / name).read_bytes())
+            others = [other for name in FILES for other in self.other.glob(name) if other.suffix != path.suffix]
+            path.write_bytes(self.draw.choice(others).read_bytes())
         elif kind == "another run" and not (path.name == "report.json" and stage == "report"):
             # A whole and other table is no damage, nor are other weights that fit; "other" has another space.
-            path.write_bytes((self.other / path.name).read_bytes())
+            if path.suffix == ".pt":
+                rewrite(path.parents[1], checkpoint.load(self.other)[0])
+            else:
+                path.write_bytes((self.other / path.name).read_bytes())
         elif kind != "gone":
             path.write_bytes(content if kind == "another run" else b"")
         return kind
@@ -172,12 +186,13 @@ class Damage:
             data[place] ^= 1 << self.draw.randrange(8)
             path.write_bytes(data)
             return f"a bit of byte {place}"
-        content = torch.load(path)
+        content = checkpoint.read(path)
         # No one can know that moments or means were there, and old files have no counters.
         indices = {*content["weight_optimizer"]["state"], *content["arch_optimizer"]["state"]}
         counters = {name for name in content["net"] if name.endswith("num_batches_tracked")}
-        done = self.change(content, keep={*content["sums"], *indices, *counters})
-        torch.save(content, path)
+        more = {"log", "loaders", "seed", "kind", *content["log"], *content["loaders"], "batches", *OF_LOADERS}
+        done = self.change(content, keep={*content["sums"], *indices, *counters, *more})
+        rewrite(path.parents[1], content)
         return done
 
     def header(self, path: Path, stage: str) -> str:

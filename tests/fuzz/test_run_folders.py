@@ -16,7 +16,7 @@ def test_damaged_run_folders_are_refused_or_do_not_matter():
     ("name", "wrong"),
     [
         ("_naming", lambda description: nullcontext()),  # one of two files is not named
-        ("_require_same_search", lambda run, config: (run.folder / ".x.tmp").touch()),  # something is left behind
+        ("_require_same_search", lambda run, config, path: (run.folder / ".x.tmp").touch()),  # something is left behind
     ],
 )
 def test_the_fuzzer_sees_what_is_wrong(monkeypatch, name, wrong):

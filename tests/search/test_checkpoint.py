@@ -1,11 +1,14 @@
 """checkpoint.pt and search.jsonl, damaged inside: the file and the key are named before a search goes on from them."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 
 from proxyless_fast.search import Search, checkpoint
+from tests.fuzz._checkpoints import rewrite
 from tests.search.test_search import ToyNet, config, toy_loaders, toy_times
 
 
@@ -50,63 +53,128 @@ def first(optimizer):
         (lambda s: first(s["arch_optimizer"]).pop("exp_avg_sq"), r"arch_optimizer\.state\.\d must hold exp_avg, exp"),
         (lambda s: first(s["arch_optimizer"])["exp_avg_sq"].fill_(float("nan")), r"exp_avg_sq must be finite"),
         (lambda s: s["arch_optimizer"]["state"].update({99: {}}), r"arch_optimizer\.state\.99 must hold"),
-        (lambda s: s.update(baseline=torch.zeros(2)), r"baseline must be one finite number, got .* \(2,\)"),
+        (lambda s: s.update(baseline=torch.zeros(2)), r"baseline must be one number, got .* \(2,\)"),
         (lambda s: s["sums"].update(x=[1.0]), r"sums\.x .*at least 2 items"),
-        (lambda s: s.update(rng=torch.zeros(3, dtype=torch.uint8)), "rng must be a state of torch's generator"),
-        (lambda s: s.update(rng=torch.zeros(5056)), "rng must be a state of torch's generator"),
-        (lambda s: s.update(rng="x"), "rng must be"),
+        (lambda s: s.update(rng=torch.zeros(3, dtype=torch.uint8)), "rng must be the states of random"),
+        (lambda s: s["rng"].update(torch=torch.zeros(5056)), "rng must be the states of random"),
+        (lambda s: s.update(rng="x"), r"rng\.Generators must be"),
         (lambda s: s.update(extra=1), "extra is unknown"),
     ],
 )
 def test_what_a_search_cannot_go_on_from_is_named(change, said, stopped, tmp_path):
-    state = checkpoint.load(stopped)
+    state, _ = checkpoint.load(stopped)
     change(state)
-    checkpoint.save(tmp_path, state)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/checkpoint\.pt:? .*{said}"):
+    path = rewrite(tmp_path, state)
+    with pytest.raises(ValueError, match=rf"^{path}:? .*{said}"):
         resume(tmp_path)
 
 
 def test_settings_of_an_optimizer_come_from_the_config(stopped, tmp_path):
-    state = copy.deepcopy(checkpoint.load(stopped))
+    state = copy.deepcopy(checkpoint.load(stopped)[0])
     for group in state["weight_optimizer"]["param_groups"]:
         group["momentum"] = "x"
-    checkpoint.save(tmp_path, state)
+    rewrite(tmp_path, state)
     assert {group["momentum"] for group in resume(tmp_path).weight_optimizer.param_groups} == {config().momentum}
 
 
-def test_every_bit_of_a_checkpoint_is_checked(stopped, tmp_path):
-    data = (stopped / "checkpoint.pt").read_bytes()
-    good = checkpoint.load(stopped)["net"]["classifier.weight"]
-    place = data.index(good.numpy().tobytes())
-    # in a tensor; and the mark of a folder, which makes torch read nothing
-    for at, bit in ((place + 5, 1), (data.index(b"PK\x01\x02") + 38, 0x10)):
-        damaged = bytearray(data)
-        damaged[at] ^= bit
-        (tmp_path / "checkpoint.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged, '.*' is not what was written"):
-            checkpoint.load(tmp_path)
+def copied(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "gone"])
+def test_the_one_before_a_damaged_one_is_used_and_it_is_named(how, stopped, tmp_path, caplog):
+    folder = copied(stopped, tmp_path)
+    newest, before = checkpoint.paths(folder / "checkpoints")
+    wanted = checkpoint.read(before)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 3] ^= 4
+    if how == "gone":
+        newest.unlink()
+    else:
+        newest.write_bytes({"flipped": data, "cut": data[: len(data) // 2], "empty": b""}[how])
+    state, path = checkpoint.load(folder)
+    assert path == before and state["step"] == wanted["step"] == 8
+    assert [str(newest) in record.getMessage() for record in caplog.records] == [True] * (how != "gone")
+    finished = resume(folder).fit()
+    assert finished.step == 16 and newest not in checkpoint.paths(folder / "checkpoints")
+
+    for path in checkpoint.paths(folder / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"000000016-\w+\.pt: damaged, its content is not what was written"):
+        resume(folder)
+
+
+def test_what_is_not_finite_is_never_saved_over_what_is(stopped, tmp_path):
+    folder = copied(stopped, tmp_path)
+    search, before = resume(folder), sorted((folder / "checkpoints").iterdir())
+    search.weight_optimizer.state[search.weights[0]]["momentum_buffer"] = torch.full_like(search.weights[0], torch.inf)
+    with pytest.raises(ValueError, match=r"step 12 is not saved: weight_optimizer\.state\.\d+\.momentum_buffer"):
+        search.save()
+    assert sorted((folder / "checkpoints").iterdir()) == before
+    state, _ = checkpoint.load(folder)
+    state["net"]["classifier.bias"][0] = torch.nan
+    rewrite(tmp_path / "other", state)
+    with pytest.raises(ValueError, match=r"net\.classifier\.bias must be finite, got nan"):
+        resume(tmp_path / "other")
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_to_the_same_bits(stopped, tmp_path):
+    wanted = resume(copied(stopped, tmp_path)).fit().net.state_dict()
+    state, _ = checkpoint.load(stopped)
+    old = {name: value for name, value in state.items() if name not in ("kind", "seed", "loaders", "log")}
+    (tmp_path / "old").mkdir()
+    torch.save({"format": 1, **old, "rng": state["rng"]["torch"]}, tmp_path / "old" / "checkpoint.pt")
+    lines = (stopped / "search.jsonl").read_bytes()
+    (tmp_path / "old" / "search.jsonl").write_bytes(lines + b'{"step": 12, "kind": "weight"}\n{"step": 13, "ki')
+    found = resume(tmp_path / "old").fit().net.state_dict()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert (tmp_path / "old" / "search.jsonl").read_bytes() == (tmp_path / "run" / "search.jsonl").read_bytes()
+
+
+def test_a_bad_line_in_the_log_is_no_reason_to_stop(stopped, tmp_path, caplog):
+    folder = copied(stopped, tmp_path)
+    log = folder / "search.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    bad = b"x" * (len(lines[1]) - 1) + b"\n"
+    log.write_bytes(b"".join([lines[0], bad, *lines[2:], b'{"step": 99}\n{"st']))
+    resume(folder).fit()
+    after = log.read_bytes().splitlines(keepends=True)
+    assert after[: len(lines)] == [lines[0], bad, *lines[2:]] and json.loads(after[len(lines)])["step"] == 12
+    assert not caplog.records
+
+
+def test_a_log_that_lacks_records_is_told_of(stopped, tmp_path, caplog):
+    folder = copied(stopped, tmp_path)
+    (folder / "search.jsonl").unlink()
+    resume(folder).fit()
+    assert "records are missing" in caplog.text
+    (folder / "search.jsonl").unlink()
+    (folder / "search.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"search\.jsonl: is no regular file"):
+        resume(copied(stopped, tmp_path / "again")).journal.open(folder / "search.jsonl")
+
+
+def test_a_finished_run_is_left_as_it_is(stopped, tmp_path):
+    folder = copied(stopped, tmp_path)
+    resume(folder).fit()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    assert resume(folder).fit().step == 16
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("change", "said"),
     [
-        ("x", r"line 2 is no record of a search .*without the file the search goes on"),
-        ("[" * 100_000, "line 2 is no record"),
-        ("[]", "step of line 2 must be a whole number of at least 0, got None"),
-        ('{"step": "1"}', "step of line 2 must be a whole number of at least 0, got '1'"),
-        (None, "is no regular file"),
+        (lambda train, valid: setattr(train, "seed", 5), "the train loader has seed 5, expected 1, as the search was"),
+        (lambda train, valid: setattr(valid, "batch_size", 16), "the valid loader has batch_size 16, expected 8"),
+        (
+            lambda train, valid: setattr(train, "batch_size", 16),
+            "the train loader has batch_size 16, expected 8",
+        ),
     ],
 )
-def test_a_log_that_is_none_is_named_and_kept(line, said, stopped, tmp_path):
-    for name in ("checkpoint.pt", "search.jsonl"):
-        (tmp_path / name).write_bytes((stopped / name).read_bytes())
-    log = tmp_path / "search.jsonl"
-    lines = log.read_text().splitlines()
-    if line is None:
-        log.unlink()
-        log.mkdir()
-    else:
-        log.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
-    with pytest.raises(ValueError, match=rf"search\.jsonl: {said}"):
-        resume(tmp_path).fit()
-    assert line is None or log.read_text().splitlines()[1] == line
+def test_other_data_are_named(change, said, stopped):
+    loaders = toy_loaders()
+    change(*loaders)
+    with pytest.raises(ValueError, match=said):
+        resume(stopped, loaders)

@@ -1,0 +1,33 @@
+"""Checkpoints that no run would write, whole as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from proxyless_fast.search import checkpoint
+from proxyless_fast.search.snapshot import Snapshot, to_text
+
+
+def content_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of a state holds."""
+    snapshot = Snapshot()
+    snapshot.take(state)
+    return {"format": checkpoint.FORMAT, "values": to_text(snapshot.values), "buffers": snapshot.buffers()}
+
+
+def rewrite(folder: Path, state: Mapping[str, Any], kind: str = "search") -> Path:
+    """Makes a state the only checkpoint of a run folder, whatever it holds."""
+    checkpoint.remove(folder, kind)
+    step = state.get("step")
+    number = step if isinstance(step, int) and 0 <= step < 10**9 else 0
+    return checkpoint._write_hashed(content_of(state), folder / checkpoint.FOLDERS[kind], number)
+
+
+def only(folder: Path, kind: str = "search") -> Path:
+    """The newest checkpoint of a run folder, without those before it."""
+    newest, *before = checkpoint.paths(folder / checkpoint.FOLDERS[kind])
+    for path in before:
+        path.unlink()
+    return newest
