@@ -217,14 +217,12 @@ class _Hashing:
 
 def _write_hashed(content: dict[str, Any], folder: Path, step: int) -> Path:
     """The content as a file whose name ends in its digest, so that no rename stands between the two."""
-    name = f"{step:09d}-{{}}.pt"
-    final = folder / name.format("0" * 16)
     digest = hashlib.sha256()
 
     def named() -> Path:
-        return folder / name.format(digest.hexdigest()[:16])
+        return folder / f"{step:09d}-{digest.hexdigest()[:16]}.pt"
 
-    with atomic(final, named) as partial, open(partial, "wb") as file:
+    with atomic(folder / f"{step:09d}.pt", named) as partial, open(partial, "wb") as file:
         torch.save(content, _Hashing(file, digest))  # type: ignore[arg-type]
         file.flush()
     return named()

@@ -238,7 +238,7 @@ sys.exit(main(sys.argv[2:]))
     ("limit", "stage", "name"),
     [
         (100, "derive", "arch.json"), (10_000, "derive", "weights.safetensors"), (10_000, "export", "net.onnx"),
-        (1000, "train", "(train.jsonl|tensorboard)"), (20_000, "search", r"checkpoints/\d+-\w+.pt"),
+        (1000, "train", "(train.jsonl|tensorboard.*|train-checkpoints/.*)"), (20_000, "search", r"checkpoints/\d+.pt"),
         (1000, "search", "search.jsonl"),
     ],
 )  # fmt: skip
