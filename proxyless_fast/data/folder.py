@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
+from . import recipe
 from . import workers as processes
 from .images import UnreadableImage
 from .order import Order
@@ -39,13 +40,18 @@ def middle(image: Image.Image) -> Image.Image:
     return center_crop(image, [height, width])
 
 
-def train_transform(resolution: int) -> Callable:
-    """Random crop of 8 % to 100 % of the area, random flip, normalised: as the official search trains on ImageNet."""
+def train_transform(resolution: int, rand_augment: str | None = None, random_erasing: float = 0.0) -> Callable:
+    """Random crop of 8 % to 100 % of the area, random flip, normalised: as the official search trains on ImageNet.
+
+    rand_augment ("rand-m9-mstd0.5") after the flip, and random_erasing (a probability) at the end, are timm's.
+    """
     return transforms.Compose([
         transforms.RandomResizedCrop(resolution, scale=(0.08, 1.0)),
         transforms.RandomHorizontalFlip(),
+        *([] if rand_augment is None else [recipe.rand_augment(rand_augment, resolution, MEAN)]),
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
+        *([recipe.random_erasing(random_erasing)] if random_erasing else []),
     ])  # fmt: skip
 
 
@@ -181,7 +187,7 @@ class FolderLoader(Order):
             with processes.starting(), processes.steady():
                 given = iter(self._loader)
             yield from given
-        except RuntimeError as error:
+        except processes.ENDED as error:
             raise processes.told(error, self.workers) from None
 
     def _skip(self, damaged: dict[str, str]) -> None:

@@ -75,9 +75,24 @@ def _is_torchs(handler: Any) -> bool:
     return getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
 
 
-def told(error: RuntimeError, workers: Any = None) -> Exception:
+# What reading from a worker raises where it is gone; EOFError and ConnectionError while it goes.
+ENDED = (RuntimeError, EOFError, ConnectionError)
+
+
+def told(error: Exception, workers: Any = None) -> Exception:
     """What torch says of a worker that is gone, as a ChildProcessError of one sentence; any other error as it is."""
-    if "DataLoader worker" not in str(error):
+    # "(pid": else it is what a data set raised in a worker
+    if not ("DataLoader worker (pid" in str(error) if isinstance(error, RuntimeError) else _is_of_sharing(error)):
         return error
-    ended = f"a process that reads images was ended by the system ({str(error).strip().rstrip('.')})"
+    ended = f"a process that reads images was ended by the system ({str(error).strip().rstrip('.') or 'it is gone'})"
     return ChildProcessError(f"{ended}: expected memory for {'it' if workers is None else f'workers={workers}'}")
+
+
+def _is_of_sharing(error: Exception) -> bool:
+    """Whether an error comes from taking over the memory of a batch from the worker that made it."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "multiprocessing.resource_sharer":
+            return True
+        trace = trace.tb_next
+    return False
