@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help search test test-quick fuzz bench bench-gpu tune-gpu lint format docs dist sanitize clean
+.PHONY: help search test test-quick fuzz bench bench-gpu tune-gpu lint audit format docs dist sanitize clean
 
 help:
 	@echo "make search     search, derive, train and export a network for this machine (ARGS=... are passed on)"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-gpu  correctness and speed on a GPU (exit code 2 without one)"
 	@echo "make tune-gpu   the GPU kernels' table of configurations, measured on this card (exit code 2 without one)"
 	@echo "make lint       ruff, mypy, clang-format (make format applies what can be applied)"
+	@echo "make audit      bandit over the sources, pip-audit over requirements.txt (which asks an advisory service)"
 	@echo "make docs       the documentation as a site in build/docs; warnings are errors"
 	@echo "make dist       source distribution and wheel in dist/, tried in a clean environment"
 	@echo "make sanitize   the CPU kernels under AddressSanitizer and UBSan, without torch (a minute or two)"
@@ -69,6 +70,11 @@ lint: .venv/built
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+audit: .venv/installed
+	@$(PIP) bandit pip-audit
+	@$(BIN)/bandit -q -c pyproject.toml -r proxyless_fast
+	@$(BIN)/pip-audit -r requirements.txt --no-deps --disable-pip
 
 format: .venv/built
 	@$(BIN)/ruff check --fix .

@@ -21,7 +21,7 @@ class Order:
     def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool, drop_last: bool) -> None:
         self.size, self.batch_size, self.seed = count, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.epoch, self.rank, self.world_size = 0, 0, 1
+        self.epoch, self.rank, self.world_size, self.repeat = 0, 0, 1, True
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
@@ -31,15 +31,16 @@ class Order:
         """Choose the epoch whose order and augmentation the next iteration follows."""
         self.epoch = epoch
 
-    def shard(self, rank: int, world_size: int) -> None:
+    def shard(self, rank: int, world_size: int, repeat: bool = True) -> None:
         """From now on give of each batch the part of process `rank` of `world_size`, as `part` cuts it.
 
         `batch_size` and `len()` stay those of the whole batches; the parts of all ranks, in order, are bit for bit the
-        batches of one process.
+        batches of one process. repeat: where a batch has fewer images than there are ranks, the other ranks get some of
+        them again, so that all take as many steps; else, as an evaluation wants it, they get no such batch.
         """
         if not (is_integer(world_size, 1) and is_integer(rank, 0) and rank < world_size):
             raise ValueError(f"rank: got {rank!r} of world_size {world_size!r}, expected 0 to world_size - 1")
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeat = rank, world_size, repeat
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches_from(self.epoch)
@@ -54,6 +55,8 @@ class Order:
         order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
         for number in range(skip, len(self)):
             whole = order[number * self.batch_size : (number + 1) * self.batch_size]
+            if self.rank >= len(whole) and not self.repeat:
+                continue
             yield number, whole, part(len(whole), self.rank, self.world_size)
 
 

@@ -13,10 +13,10 @@ from ..distributed.ranks import Ranks, digest
 FIELDS = ("in_channels", "resolution", "num_classes")
 
 
-def share_out(loader: Any, ranks: Ranks) -> None:
-    """Loaders of this package give, from now on, each process its part of every batch."""
+def share_out(loader: Any, ranks: Ranks, repeat: bool = True) -> None:
+    """Loaders of this package give, from now on, each process its part of every batch; see their `shard`."""
     if ranks.several and hasattr(loader, "shard"):
-        loader.shard(ranks.rank, ranks.size)
+        loader.shard(ranks.rank, ranks.size, repeat)
 
 
 def is_repeated(loader: Any, number: int, ranks: Ranks) -> bool:

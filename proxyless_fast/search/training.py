@@ -143,7 +143,7 @@ def evaluate(net: nn.Module, loader: Any) -> Accuracy:
     Raises ValueError without images, and NonFiniteLoss where a batch's loss is NaN or infinite.
     """
     device, ranks = next(net.parameters()).device, Ranks.current()
-    share_out(loader, ranks)
+    share_out(loader, ranks, repeat=False)  # each image counts once
     was_training = net.training
     net.eval()
     sums = torch.zeros(4, dtype=torch.float64)

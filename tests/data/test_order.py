@@ -77,6 +77,17 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one_process(make, count, batc
         assert [len(y) for _, y in parts] == [len(y) for y in torch.tensor_split(labels, world)]
 
 
+@pytest.mark.parametrize("world", [1, 3, 5])
+@pytest.mark.parametrize(("count", "batch_size"), SIZES)
+def test_an_evaluation_has_each_image_once(make, count, batch_size, world):
+    found = []
+    for rank in range(world):
+        loader = make(count, batch_size)
+        loader.shard(rank, world, repeat=False)
+        found += [label for _, labels in loader for label in labels.tolist()]
+    assert sorted(found) == list(range(count))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_reads_its_own_images_only(files, monkeypatch, rank, workers, tmp_path):
