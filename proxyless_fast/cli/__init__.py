@@ -1,15 +1,19 @@
 """Command line: every wrong input ends with exit code 2 and one sentence, every fault of ours with 70 and another."""
 
 import logging
+import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+from ..distributed.ranks import Ranks, joined, launched, restarted
 from ..io.files import held, require_writable
 from ..report import print_report
 from ..report.ends import command_line, ended
+from ..search.checkpoint import newest
+from ..search.progress import console
 from . import checks, stages
 from .parser import build_parser
 from .run import Run
@@ -22,6 +26,7 @@ CHAIN: dict[str, Callable] = {
     "eval": stages.eval,
     "export": stages.export,
 }
+TOGETHER = ("search", "train", "eval")  # stages that the processes of torchrun share
 
 
 @command_line
@@ -33,12 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return bench(arguments[1:])
     args = build_parser().parse_args(arguments)
-    with _messages():
-        return ended(args.command, lambda: _run(args), args.run)
+    rank = int(os.environ.get("RANK", "0")) if launched() else 0
+    with _messages(quiet=rank > 0):
+        return ended(f"{args.command} (rank {rank})" if rank else args.command, lambda: _run(args), args.run)
 
 
 def _run(args: Namespace) -> None:
-    start, run = time.perf_counter(), Run(args.run)
+    """Runs a command, in each process of torchrun: what none can do for the others is done by the first alone."""
+    with joined():
+        _run_joined(args, Run(args.run, Ranks.current()))
+
+
+def _run_joined(args: Namespace, run: Run) -> None:
+    start = time.perf_counter()
     if args.command == "report":
         if not run.report():
             raise FileNotFoundError(f"{run.report_file}: no such file, expected the report of an earlier stage")
@@ -48,12 +60,17 @@ def _run(args: Namespace) -> None:
     checks.check(args)
     require_writable(run.folder)
     run.report()
-    with held(run.folder):
-        CHAIN[args.command](run, args)
+    with held(run.folder) if run.writes else nullcontext():
+        run.ranks.wait()
+        if restarted():  # by torchrun, with the same arguments: from the checkpoint, where there is one
+            kind = "train" if args.command == "train" else "search"
+            args.resume = getattr(args, "resume", False) or newest(run.folder, kind) is not None
+        _run_stage(args.command, run, args)
         if args.command == "search" and args.all:
             _run_rest(run, args)
             run.record("total", {"seconds": round(time.perf_counter() - start, 2)})
-            print_report(run.report(), run.folder)
+            if run.writes:
+                print_report(run.report(), run.folder)
 
 
 def _run_rest(run: Run, args: Namespace) -> None:
@@ -61,19 +78,29 @@ def _run_rest(run: Run, args: Namespace) -> None:
     ended = run.report() if args.resume else {}
     for stage in ("derive", "train", "eval", "export"):
         if stage not in ended:
-            CHAIN[stage](run, args)
+            _run_stage(stage, run, args)
+
+
+def _run_stage(name: str, run: Run, args: Namespace) -> None:
+    if name in TOGETHER:
+        CHAIN[name](run, args)
+    else:
+        run.alone(CHAIN[name], run, args)
 
 
 @contextmanager
-def _messages() -> Iterator[None]:
-    """What is logged is printed; of the package, also what is no warning."""
+def _messages(quiet: bool) -> Iterator[None]:
+    """What is logged is printed; of the package, also what is no warning. quiet: nothing but errors is."""
     handler, root, own = logging.StreamHandler(sys.stdout), logging.getLogger(), logging.getLogger("proxyless_fast")
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level = own.level
+    level, console.quiet = own.level, quiet
+    if quiet:
+        handler.setLevel(logging.ERROR)
     root.addHandler(handler)
     own.setLevel(logging.INFO)
     try:
         yield
     finally:
+        console.quiet = False
         root.removeHandler(handler)
         own.setLevel(level)

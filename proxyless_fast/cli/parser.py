@@ -114,7 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         subparsers[name].add_argument(
-            "--run", metavar="FOLDER", default="runs/default", help="run folder (default: %(default)s)"
+            "--run",
+            "--folder",
+            metavar="FOLDER",
+            default="runs/default",
+            help="run folder (default: %(default)s); torchrun takes --run for its own, so there say --folder",
         )
     commands.add_parser("bench", help="speed and memory beside other implementations (in a clone of the repository)")
     for name in ("profile", "search"):

@@ -1,11 +1,12 @@
 """A run folder: each stage reads what the earlier ones wrote, and notes its own figures in report.json."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..distributed.ranks import Ranks
 from ..io import documents
 from ..io.schemas import Report, check
 
@@ -13,15 +14,25 @@ STAGES = ("search", "derive", "train", "eval", "export", "total")
 
 
 class Run:
-    """Paths and report of one run."""
+    """Paths and report of one run. Of several processes the first alone writes."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, ranks: Ranks | None = None) -> None:
+        self.folder, self.ranks = Path(folder), Ranks.current() if ranks is None else ranks
         self.latency = self.folder / "latency.yaml"
         self.architecture = self.folder / "arch.json"
         self.weights = self.folder / "weights.safetensors"
         self.onnx = self.folder / "net.onnx"
         self.report_file = self.folder / "report.json"
+
+    @property
+    def writes(self) -> bool:
+        return self.ranks.first
+
+    def alone(self, stage: Callable, *arguments: Any) -> None:
+        """Runs a stage in the process that writes, while the others wait for the files."""
+        if self.writes:
+            stage(*arguments)
+        self.ranks.wait()
 
     def need(self, path: Path, command: str) -> Path:
         """path, if it is there. Raises FileNotFoundError that names the command which writes it.
@@ -54,6 +65,8 @@ class Run:
 
     def record(self, stage: str, values: dict[str, Any]) -> None:
         """Replaces the figures of one stage, and drops those of later stages, which no longer hold."""
+        if not self.writes:
+            return
         later = STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()
         kept = {name: figures for name, figures in self.report().items() if name not in later}
         documents.write({**kept, stage: values}, self.report_file)

@@ -76,7 +76,7 @@ def search(run: Run, args: Namespace) -> None:
     if args.resume:
         return _go_on(run, args, net, splits, every)
     if args.all and args.table is None and not args.no_latency:
-        profile(run, args, net)
+        run.alone(profile, run, args, net)
 
     with run.timed("search") as figures:
         latency = None if args.no_latency else ExpectedLatency(net, _table(run, args.table))
@@ -204,8 +204,9 @@ def train(run: Run, args: Namespace) -> None:
             training = Training(net, splits.train, config, run.folder, every)
         training.fit()
         exports.describe(net, **_description(data_settings, "data"))
-        exports.save_architecture(net, run.architecture)
-        exports.save_weights(net, run.weights)
+        if run.writes:
+            exports.save_architecture(net, run.architecture)
+            exports.save_weights(net, run.weights)
         figures |= {**training.config.to_dict(), "from_scratch": scratch, "files": [run.weights.name, "train.jsonl"]}
     training.discard()  # the weights have all that was worth it
 
@@ -290,7 +291,8 @@ def _table(run: Run, path: str | None) -> LatencyTable:
         return LatencyTable.load(run.need(run.latency, "profile"))
     table = LatencyTable.load(path)
     # derive reads the run's table, so it keeps the one that the search went by.
-    table.save(run.latency)
+    if run.writes:
+        table.save(run.latency)
     return table
 
 

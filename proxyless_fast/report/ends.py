@@ -18,12 +18,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..distributed.ranks import LostRank
 from ..io.files import atomic
 from ..io.text import printable
 from ..latency import MissingKey
 from ..search.interrupt import Preempted
 
-WRONG_INPUT, FAULT, INTERRUPTED = 2, 70, 130  # 70: EX_SOFTWARE of sysexits.h
+WRONG_INPUT, FAULT, TRY_AGAIN, INTERRUPTED = 2, 70, 75, 130  # 70, 75: EX_SOFTWARE, EX_TEMPFAIL of sysexits.h
 
 # What the package raises on purpose, and what the machine lacks. A plain KeyError or IndexError is neither.
 USERS = (ValueError, OSError, ImportError, MemoryError, MissingKey)
@@ -70,9 +71,9 @@ def command_line(main: Callable[[Sequence[str] | None], int]) -> Callable[..., i
 def ended(command: str, run: Callable[[], int | None], folder: str | Path | None = None) -> int:
     """The exit code of what run() does: what it returns, or 0; else one sentence on stderr, and its code.
 
-    2 for wrong input and for what the machine lacks, 130 after Ctrl-C, 0 where the system asked for an end and all is
-    saved, 70 for a fault of this program; the sentence then names the file, in the run's folder where that can be, that
-    holds the traceback.
+    2 for wrong input and for what the machine lacks, 75 where another process was lost, 130 after Ctrl-C, 0 where the
+    system asked for an end and all is saved, 70 for a fault of this program; the sentence then names the file, in the
+    run's folder where that can be, that holds the traceback.
     """
     name = f"proxyless-fast {command}"
     try:
@@ -81,6 +82,8 @@ def ended(command: str, run: Callable[[], int | None], folder: str | Path | None
         return say(name, str(error) or "stopped", INTERRUPTED)
     except Preempted as error:
         return say(name, str(error), 0)
+    except LostRank as error:
+        return say(name, str(error), TRY_AGAIN)
     except USERS as error:
         return say(name, _sentence(error), WRONG_INPUT)
     except Exception as error:
