@@ -62,15 +62,23 @@ def _run_joined(args: Namespace, run: Run) -> None:
     run.report()
     with held(run.folder) if run.writes else nullcontext():
         run.ranks.wait()
-        if restarted():  # by torchrun, with the same arguments: from the checkpoint, where there is one
-            kind = "train" if args.command == "train" else "search"
-            args.resume = getattr(args, "resume", False) or newest(run.folder, kind) is not None
+        if restarted():
+            _go_on_after_restart(args, run)
         _run_stage(args.command, run, args)
         if args.command == "search" and args.all:
             _run_rest(run, args)
             run.record("total", {"seconds": round(time.perf_counter() - start, 2)})
             if run.writes:
                 print_report(run.report(), run.folder)
+
+
+def _go_on_after_restart(args: Namespace, run: Run) -> None:
+    """torchrun starts again with the same arguments: they ask for what a checkpoint, if there is one, goes on with."""
+    kind = "train" if args.command == "train" else "search"
+    if args.command in ("search", "train") and newest(run.folder, kind) is not None:
+        args.resume = True
+        if args.command == "search":
+            args.target, args.table, args.no_latency = None, None, False
 
 
 def _run_rest(run: Run, args: Namespace) -> None:

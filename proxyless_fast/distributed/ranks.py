@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+OF_NETWORK = re.compile(r"gloo|nccl|c10d|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 TIMEOUT_S = 600  # for a process that does not answer: longer than any batch takes to load, or checkpoint to write
 
 
@@ -144,11 +146,16 @@ class Sum:
 
 
 @contextmanager
-def lost_rank_named(ranks: Ranks) -> Iterator[None]:
-    """A collective that fails says which process could not reach the others, and what to do, in one sentence."""
+def lost_rank_named(ranks: Ranks, only: re.Pattern | None = None) -> Iterator[None]:
+    """A collective that fails says which process could not reach the others, and what to do, in one sentence.
+
+    only: of RuntimeErrors, those whose message has this.
+    """
     try:
         yield
     except RuntimeError as error:  # DistBackendError, DistNetworkError and what gloo raises are kinds of it
+        if isinstance(error, LostRank) or (only is not None and not only.search(str(error))):
+            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LostRank(
             f"rank {ranks.rank} of {ranks.size}: another process has ended or did not answer within {timeout_s()} s "
@@ -185,7 +192,11 @@ def joined() -> Iterator[None]:
     if with_gpu:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s()))
+    timeout = timedelta(seconds=timeout_s())
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, with the addresses of the processes that were.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..distributed.gradients import GradientSum, sum_vector
 from ..distributed.norms import synchronised
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import OF_NETWORK, Ranks, lost_rank_named
 from .parts import count_images, split_batch, to_device
 
 Measured = dict[str, Any]
@@ -100,11 +100,13 @@ class Backward:
         for place, (part, images) in enumerate(zip(parts, counts, strict=True)):
             if place == len(parts) - 1:  # the others only add to what this one sends
                 self.gradients.expect(weights, own)
-            with self.in_precision():
-                loss, found = forward(to_device(part, self.device))
             share = images / max(sum(counts), 1)
             weight = float(images if self.ranks.several else share)
-            self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+            # Norms send in the middle of a forward and a backward.
+            with lost_rank_named(self.ranks, OF_NETWORK) if self.ranks.several else nullcontext():
+                with self.in_precision():
+                    loss, found = forward(to_device(part, self.device))
+                self.scaler.scale(loss if weight == 1 else loss * weight).backward()
             for name, value in found.items():
                 value = value.detach() if isinstance(value, Tensor) else value
                 measured[name] = measured.get(name, 0.0) + value * share if len(parts) > 1 else value
