@@ -89,7 +89,8 @@ class _Group:
     def on_host(self) -> Tensor:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.host[: self.count]
+        # By numpy the memory is a storage of its own: of a slice torch.save would write the whole buffer.
+        return torch.from_numpy(self.host[: self.count].view(torch.uint8).numpy()).view(self.dtype)
 
 
 def _marked(value: Any, found: dict[tuple[torch.dtype, torch.device], list[Tensor]]) -> Any:

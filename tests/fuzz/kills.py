@@ -120,7 +120,7 @@ def left_by(folder: Path, kind: str) -> dict[str, Any]:
     return {
         # Of earlier checkpoints it is left to the speed of the disk which steps they are of.
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p not in earlier),
-        "number of checkpoints": len(earlier) + 1,
+        "number of checkpoints": len(earlier) <= Checkpoints.keep,  # one more, if it was killed at the very end
         "log": (folder / f"{name}.jsonl").read_bytes(),
         "events": events,
         "checkpoint": path.read_bytes(),
