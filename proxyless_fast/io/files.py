@@ -92,16 +92,16 @@ def held(folder: str | Path) -> Iterator[None]:
         file.close()
 
 
-def _locked(folder: Path) -> IO[str]:
+def _locked(folder: Path) -> IO[bytes]:
     """The lock's file; closing it, of any descriptor of this process, lets go of the lock."""
-    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (closed by `held`)
+    file = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115  (closed by `held`)
     try:
         # A record lock: unlike flock's, it is not inherited by workers, who outlive a killed process for a while.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            process = file.read(32).strip() or "another one"
+            process = file.read(32).decode("ascii", "replace").strip() or "another one"
             file.close()
             message = f"{folder}: process {process} writes into it, expected a folder of its own for each"
             raise InUse(message) from None
@@ -109,8 +109,7 @@ def _locked(folder: Path) -> IO[str]:
         return file
     with suppress(OSError):  # a full disk; the number is only told to who comes second
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        file.write(f"{os.getpid()}\n".encode())
     return file
 
 
