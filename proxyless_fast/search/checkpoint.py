@@ -23,7 +23,7 @@ from ..io.schemas import check
 from ..io.schemas.checkpoint import Search, Session, Training
 from ..io.text import said, short
 from .config import RENAMED, is_number
-from .snapshot import Snapshot, restored, to_text
+from .snapshot import Snapshot, restored
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Writer:
             self.wait()
         return self._running is not None
 
-    def write(self, state: Mapping[str, Any], before: Callable[[], None] = lambda: None) -> None:
+    def write(self, state: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
         """Copies the state, and begins to write it once an earlier write is done. before: called first, in the thread.
 
         When this returns, what the state's tensors are may change.
@@ -95,9 +95,10 @@ class Writer:
     def _write(self, step: int, before: Callable[[], None]) -> Path:
         before()
         buffers = self.snapshot.buffers()
+        text = self.snapshot.text()
         if not all(map(_finite, buffers)):
-            _require_finite(restored(to_text(self.snapshot.values), buffers), f"step {step} is not saved")
-        content = {"format": FORMAT, "values": to_text(self.snapshot.values), "buffers": buffers}
+            _require_finite(restored(text, buffers), f"step {step} is not saved")
+        content = {"format": FORMAT, "values": text, "buffers": buffers}
         path = _write_hashed(content, self.folder, step)
         self._course = [*(other for other in self._course if other != path), path][-self.keep :]
         for old in paths(self.folder):
@@ -128,7 +129,7 @@ def remove(folder: Path, kind: str) -> None:
         (folder / FOLDERS[kind]).rmdir()
 
 
-def save(folder: str | Path, state: Mapping[str, Any]) -> Path:
+def save(folder: str | Path, state: dict[str, Any]) -> Path:
     """Writes a state as the newest checkpoint of a run folder; returns its path."""
     writer = Writer(Path(folder), state.get("kind", "search"), 1, state["step"])
     writer.write(state)

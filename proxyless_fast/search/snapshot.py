@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # A dict with this key stands for what JSON does not have: {MARK: [kind, ...]}.
 MARK = ""
+Kind = tuple[torch.dtype, torch.device]
 GROWTH = 1.25  # optimizers gather moments of what they have not met yet
 
 
@@ -20,35 +20,40 @@ class Snapshot:
     """Of a state of nested dicts, lists, tuples, plain values and tensors: a tree of the rest, and one flat buffer for
     all tensors of a type on a device.
 
-    `take` costs one copy; what is on an accelerator is on its way to the host when it returns, in the order of the
-    stream, and there once `buffers` is called.
+    `take` costs a walk and a copy; what is on an accelerator is on its way to the host when it returns, in the order of
+    the stream, and there once `buffers` is called. `text` is the rest, and costs more.
     """
 
     def __init__(self) -> None:
-        self.values: Any = None
-        self._groups: dict[tuple[torch.dtype, torch.device], _Group] = {}
+        self._tree: Any = None
+        self._groups: dict[Kind, _Group] = {}
         self._used: list[_Group] = []
 
-    def take(self, state: Mapping[str, Any]) -> None:
-        """Copies the state; raises TypeError, which names the type, for what is no plain value."""
-        found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-        self.values = _marked(state, found)
+    def take(self, state: dict[str, Any]) -> None:
+        """Copies the state."""
+        found: dict[Kind, list[Tensor]] = {}
+        self._tree = _copied(state, found)
         self._used = []
-        for key, tensors in found.items():
-            group = self._groups.setdefault(key, _Group(*key))
+        for kind, tensors in found.items():
+            group = self._groups.setdefault(kind, _Group(*kind))
             group.copy(tensors)
             self._used.append(group)
 
-    def reserve(self, state: Mapping[str, Any], factor: float) -> None:
+    def reserve(self, state: dict[str, Any], factor: float) -> None:
         """Makes memory for `factor` times the tensors of a state, and touches it, so that no step waits for pages."""
-        found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-        _marked(state, found)
-        for key, tensors in found.items():
-            self._groups.setdefault(key, _Group(*key)).reserve(int(factor * sum(t.numel() for t in tensors)))
+        found: dict[Kind, list[Tensor]] = {}
+        _copied(state, found)
+        for kind, tensors in found.items():
+            self._groups.setdefault(kind, _Group(*kind)).reserve(int(factor * sum(t.numel() for t in tensors)))
 
     def buffers(self) -> list[Tensor]:
-        """The tensors' values on the host, one flat tensor for each type, in the order that the tree counts them by."""
+        """The tensors' values on the host, one flat tensor for each type, in the order that the text counts them by."""
         return [group.on_host() for group in self._used]
+
+    def text(self) -> str:
+        """All but the tensors' values, as JSON; TypeError, which names the type, for what is no plain value."""
+        numbers = {(group.dtype, group.device): number for number, group in enumerate(self._used)}
+        return json.dumps(_marked(self._tree, numbers), separators=(",", ":"))
 
 
 class _Group:
@@ -93,30 +98,46 @@ class _Group:
         return torch.from_numpy(self.host[: self.count].view(torch.uint8).numpy()).view(self.dtype)
 
 
-def _marked(value: Any, found: dict[tuple[torch.dtype, torch.device], list[Tensor]]) -> Any:
-    """What JSON can hold of a value; its tensors go to `found`."""
+class _Leaf(NamedTuple):
+    """The place of a tensor in a tree."""
+
+    kind: Kind
+    shape: torch.Size
+
+
+def _copied(value: Any, found: dict[Kind, list[Tensor]]) -> Any:
+    """The tree of a value, which nobody else changes; its tensors go to `found`."""
     if isinstance(value, Tensor):
-        key = value.dtype, value.device
-        number = list(found).index(key) if key in found else len(found)
-        found[key].append(value)
-        return {MARK: ["tensor", number, list(value.shape)]}
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) and key != MARK for key in value):
-            return {key: _marked(item, found) for key, item in value.items()}
-        return {MARK: ["dict", *([_marked(key, found), _marked(item, found)] for key, item in value.items())]}
+        kind = value.dtype, value.device
+        if kind not in found:
+            found[kind] = []
+        found[kind].append(value)
+        return _Leaf(kind, value.shape)
+    if isinstance(value, dict):
+        return {key: _copied(item, found) for key, item in value.items()}
     if isinstance(value, list):
-        return [_marked(item, found) for item in value]
+        return [_copied(item, found) for item in value]
     if isinstance(value, tuple):
-        return {MARK: ["tuple", *(_marked(item, found) for item in value)]}
+        return tuple(_copied(item, found) for item in value)
+    return value
+
+
+def _marked(value: Any, numbers: dict[Kind, int]) -> Any:
+    """A tree as JSON can hold it."""
+    if isinstance(value, _Leaf):
+        return {MARK: ["tensor", numbers[value.kind], list(value.shape)]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and key != MARK for key in value):
+            return {key: _marked(item, numbers) for key, item in value.items()}
+        return {MARK: ["dict", *([_marked(key, numbers), _marked(item, numbers)] for key, item in value.items())]}
+    if isinstance(value, list):
+        return [_marked(item, numbers) for item in value]
+    if isinstance(value, tuple):
+        return {MARK: ["tuple", *(_marked(item, numbers) for item in value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(
-        f"state: got a {type(value).__name__}, expected tensors, numbers, texts and dicts and lists of such"
-    )
-
-
-def to_text(values: Any) -> str:
-    return json.dumps(values, separators=(",", ":"))
+    expected = "tensors, numbers, texts and dicts and lists of such"
+    raise TypeError(f"state: got a {type(value).__name__}, expected {expected}")
 
 
 def restored(text: str, buffers: Sequence[Tensor]) -> Any:

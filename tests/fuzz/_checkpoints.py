@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from proxyless_fast.search import checkpoint
-from proxyless_fast.search.snapshot import Snapshot, to_text
+from proxyless_fast.search.snapshot import Snapshot
 
 
-def content_of(state: Mapping[str, Any]) -> dict[str, Any]:
+def content_of(state: dict[str, Any]) -> dict[str, Any]:
     """What a file of a state holds."""
     snapshot = Snapshot()
     snapshot.take(state)
-    return {"format": checkpoint.FORMAT, "values": to_text(snapshot.values), "buffers": snapshot.buffers()}
+    return {"format": checkpoint.FORMAT, "values": snapshot.text(), "buffers": snapshot.buffers()}
 
 
-def rewrite(folder: Path, state: Mapping[str, Any], kind: str = "search") -> Path:
+def rewrite(folder: Path, state: dict[str, Any], kind: str = "search") -> Path:
     """Makes a state the only checkpoint of a run folder, whatever it holds."""
     checkpoint.remove(folder, kind)
     step = state.get("step")
