@@ -190,7 +190,7 @@ class Session:
             "step": self.step,
             "seed": self.seed,
             "config": self.config.to_dict(),
-            "net": self.net.state_dict(),
+            "net": self.net.state_dict(keep_vars=True),  # they are copied at once
             "scaler": self.backward.scaler.state_dict(),
             "history": self.history,
             "loaders": {name: _told_by(loader) for name, loader in self.loaders.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,21 +98,21 @@ class _Group:
         return torch.from_numpy(self.host[: self.count].view(torch.uint8).numpy()).view(self.dtype)
 
 
-class _Leaf(NamedTuple):
-    """The place of a tensor in a tree."""
+class _Leaf(tuple):
+    """The place of a tensor in a tree: kind and shape (a named tuple would cost a millisecond in all)."""
 
-    kind: Kind
-    shape: torch.Size
+    __slots__ = ()
 
 
 def _copied(value: Any, found: dict[Kind, list[Tensor]]) -> Any:
     """The tree of a value, which nobody else changes; its tensors go to `found`."""
     if isinstance(value, Tensor):
         kind = value.dtype, value.device
-        if kind not in found:
-            found[kind] = []
-        found[kind].append(value)
-        return _Leaf(kind, value.shape)
+        tensors = found.get(kind)
+        if tensors is None:
+            tensors = found[kind] = []
+        tensors.append(value)
+        return _Leaf((kind, value.shape))
     if isinstance(value, dict):
         return {key: _copied(item, found) for key, item in value.items()}
     if isinstance(value, list):
@@ -125,7 +125,8 @@ def _copied(value: Any, found: dict[Kind, list[Tensor]]) -> Any:
 def _marked(value: Any, numbers: dict[Kind, int]) -> Any:
     """A tree as JSON can hold it."""
     if isinstance(value, _Leaf):
-        return {MARK: ["tensor", numbers[value.kind], list(value.shape)]}
+        kind, shape = value
+        return {MARK: ["tensor", numbers[kind], list(shape)]}
     if isinstance(value, dict):
         if all(isinstance(key, str) and key != MARK for key in value):
             return {key: _marked(item, numbers) for key, item in value.items()}
