@@ -18,6 +18,9 @@ HELP = {
     "lr_warmup_epochs": "epochs in which the learning rate gets to its full value",
     "optimizer": "of the weights: sgd, or lars or lamb for large batches (these need timm)",
     "clip_norm": "bound of the norm of the weights' gradient",
+    "ema_decay": "of an exponential average of the weights, which are taken at the end (such as 0.9999)",
+    "mixup": "alpha of mixup, 0 for none (needs timm)",
+    "cutmix": "alpha of cutmix, 0 for none (needs timm)",
     "accumulate": "parts that each batch goes through in, in the memory of one",
     "precision": "float32, or autocast to bfloat16 or float16",
     "sync_norm": "with several processes: batch norms see the images of all",
@@ -164,7 +167,8 @@ def _data_options(parser: argparse.ArgumentParser, name: str) -> None:
     group.add_argument(
         "--data",
         metavar="NAME",
-        help="fashion-mnist, a folder of IDX files, or an image folder with train/ and val/ (default: fashion-mnist)",
+        help="fashion-mnist, a folder of IDX files, a folder with images or shards (.tar) in train/ and val/, or a "
+        "brace pattern of shards (default: fashion-mnist)",
     )
     batch_sizes = {space: values["batch_size"] for space, values in defaults.LOADER.items()}
     group.add_argument(
@@ -178,6 +182,12 @@ def _data_options(parser: argparse.ArgumentParser, name: str) -> None:
     )
     group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
     if name != "eval":
+        group.add_argument(
+            "--rand-augment", metavar="NAME", help="timm's RandAugment of training images, such as rand-m9-mstd0.5"
+        )
+        group.add_argument(
+            "--random-erasing", metavar="X", type=float, help="probability of timm's random erasing (default: 0)"
+        )
         shifts = {space: values["shift"] for space, values in defaults.LOADER.items()}
         group.add_argument(
             "--shift",

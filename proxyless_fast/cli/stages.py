@@ -1,5 +1,6 @@
 """The stages, from profile to export; each is a subcommand."""
 
+import copy
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ..latency import profile as profile_net
 from ..report import describe_blocks
 from ..search import Checkpoints, Search, SearchConfig, TrainConfig, Training, checkpoint, evaluate
 from ..search.progress import progress_bar, say
+from ..search.recipe import take_average
 from ..supernet import derive as derive_net
 from . import checks, defaults, space
 from .parser import checkpoints_of, config_of
@@ -158,6 +160,10 @@ def derive(run: Run, args: Namespace) -> None:
         _require_same_search(run, state["config"], path)
         with _naming(run.report_file):
             load_state(net, state["net"], str(path))
+            if state.get("average"):
+                averaged = copy.deepcopy(net)
+                load_state(averaged, state["average"], f"{path}: average")
+                take_average(net, averaged)
         explicit = args.target if args.command == "derive" else None
         target = searched["target"] if explicit is None else explicit
         latency, error = None, 0.0
@@ -253,12 +259,18 @@ def _load_splits(
     run: Run, args: Namespace, space_name: str, resolution: Any, stored: dict[str, Any], **fixed: Any
 ) -> tuple[data.Splits, dict[str, Any]]:
     """Loaders, and the settings that load them again: options that were given, else the run's, else the space's."""
-    own = {"name": defaults.DATA[space_name], "seed": 0, **defaults.LOADER[space_name], **stored}
+    recipe = {"rand_augment": None, "random_erasing": 0.0}
+    own = {"name": defaults.DATA[space_name], "seed": 0, **recipe, **defaults.LOADER[space_name], **stored}
+    if stored and "valid_fraction" not in fixed and stored.get("split", 1) != data.SPLIT:
+        raise ValueError(
+            f"{run.report_file}: the images were split as versions before 0.3.0 did, expected a search that was "
+            "started with this one; --run FOLDER begins another"
+        )
     given = {} if args.data is None else {"name": args.data}
-    settings = own | given | _given(args, ("batch_size", "seed", "valid_fraction", "shift"))
+    settings = own | given | _given(args, ("batch_size", "seed", "valid_fraction", "shift", *recipe))
     if settings["name"] is None:
         raise ValueError(f"--data: got none, expected an image folder for space {space_name!r}")
-    options = {key: settings[key] for key in ("batch_size", "seed", "valid_fraction")} | fixed
+    options = {key: settings[key] for key in ("batch_size", "seed", "valid_fraction", *recipe)} | fixed
     splits = data.loaders(settings["name"], resolution=resolution, workers=args.workers, **options)
     if isinstance(splits.train, data.memory.MemoryLoader):
         splits.train.shift = settings["shift"]
@@ -268,7 +280,7 @@ def _load_splits(
             f"--data: {settings['name']} has other classes than the run was started with, expected "
             f"{_listed(stored['classes'])}, got {_listed(classes)}"
         )
-    return splits, {**settings, "classes": classes, "preprocessing": splits.preprocessing}
+    return splits, {**settings, "split": data.SPLIT, "classes": classes, "preprocessing": splits.preprocessing}
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,6 @@
 
 from .fashion_mnist import DataNotFound, fashion_mnist_folder
 from .images import UnreadableImage
-from .splits import Splits, loaders
+from .splits import SPLIT, Splits, loaders
 
-__all__ = ["DataNotFound", "Splits", "UnreadableImage", "fashion_mnist_folder", "loaders"]
+__all__ = ["SPLIT", "DataNotFound", "Splits", "UnreadableImage", "fashion_mnist_folder", "loaders"]

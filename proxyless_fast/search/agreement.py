@@ -19,11 +19,6 @@ def share_out(loader: Any, ranks: Ranks, repeat: bool = True) -> None:
         loader.shard(ranks.rank, ranks.size, repeat)
 
 
-def is_repeated(loader: Any, number: int, ranks: Ranks) -> bool:
-    """Whether this process's part of a batch is another's too: a loader of ours gives each something to do."""
-    return ranks.several and hasattr(loader, "shard") and ranks.rank >= loader.size - number * loader.batch_size
-
-
 def global_batch(loader: Any, ranks: Ranks) -> int:
     """Images of a batch of all processes together. Raises ValueError where the loader does not say."""
     size = told(loader, "batch_size")

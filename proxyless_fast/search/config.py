@@ -62,6 +62,8 @@ class WeightConfig:
     lr_batch, lr_warmup_epochs: images that lr is meant for, from where it grows with the batch (Goyal et al. 2017), and
         epochs in which it gets there on a line; None: lr is that of the batch as it is.
     optimizer: "sgd", or "lars" or "lamb" for large batches. clip_norm: bound of the gradients' norm, or None.
+    ema_decay: of an exponential average of the weights, which the net has at the end; None: the last weights.
+    mixup, cutmix: alphas of the mixing of images and labels (by timm), 0 for none; losses get probabilities then.
     accumulate: parts that each batch goes through in, one after the other, in the memory of one.
     precision: "float32", or autocast to "bfloat16" or "float16" (with a gradient scaler); alphas stay float32.
     sync_norm: with several processes, whether batch norms see the images of all.
@@ -75,18 +77,23 @@ class WeightConfig:
     weight_decay: float = 4e-5
     label_smoothing: float = 0.1
     clip_norm: float | None = None
+    ema_decay: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
     accumulate: int = 1
     precision: str = "float32"
     sync_norm: bool = False
 
     def _check_weights(self) -> None:
         least = {"lr_warmup_epochs": 0, "accumulate": 1}
-        check_numbers(self, least, ("lr",), ("weight_decay",), ("momentum", "label_smoothing"))
+        check_numbers(self, least, ("lr",), ("weight_decay", "mixup", "cutmix"), ("momentum", "label_smoothing"))
         check(self, "optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         check(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         check(self, "sync_norm", isinstance(self.sync_norm, bool), "True or False")
         if self.lr_batch is not None:
             check(self, "lr_batch", is_integer(self.lr_batch, 1), "an integer of at least 1 or None")
+        if self.ema_decay is not None:
+            check(self, "ema_decay", is_number(self.ema_decay) and 0 < self.ema_decay < 1, "a number in (0, 1) or None")
         if self.clip_norm is not None:
             check(self, "clip_norm", is_number(self.clip_norm) and self.clip_norm > 0, "a number above 0 or None")
 

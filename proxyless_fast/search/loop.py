@@ -19,6 +19,7 @@ from .diagnose import require_finite, require_finite_gradients
 from .objectives import objective
 from .optim import adam, cosine_of, frozen, optimizer_of, set_lr
 from .parts import count_images, to_device
+from .recipe import mix_of
 from .reinforce import log_probability, reward, surrogate, update_baseline
 from .session import Session
 from .steps import Backward, Measured, Step, score_dtype, step_of
@@ -99,6 +100,7 @@ class Search(Session):
         self.weight_loss = step_of(step, loss, metric, config.label_smoothing)
         self.arch_loss = step_of(step, loss, metric)
         self.active = ActiveParameters(net)
+        self.mix = mix_of(config, net, train, ranks)
         self.backward = Backward(self.weights, ranks, self.device, config.precision, config.accumulate)
         self.schedule = schedule or cosine_of(config, train, ranks)
         self.weight_optimizer = (
@@ -124,6 +126,8 @@ class Search(Session):
         if self.ranks.several and not self._begun:
             require_own_batches(batch, "train", self.ranks)
         self._begun = True
+        if self.mix is not None:
+            batch = self.mix(self.seed, self.step, to_device(batch, self.device))
         weights, own = self._sample("path", "weight")
         self.weight_optimizer.zero_grad(set_to_none=True)
         with frozen(self.alphas):
@@ -219,7 +223,8 @@ class Search(Session):
         """A training batch of each step, and a validation batch where the step moves the alphas too, else None."""
         start = epoch * len(self.train)
         arch_batches = self._arch_batches(start, start + position)
-        for step, batch in enumerate(epoch_batches(self.train, epoch, position, self.seed), start + position):
+        batches = self.waits.over(epoch_batches(self.train, epoch, position, self.seed), "train")
+        for step, batch in enumerate(batches, start + position):
             yield batch, next(arch_batches) if self._arch_step_due(step) else None
 
     def run_step(self, batches: tuple, requests: Sequence[float]) -> list[float]:
@@ -294,7 +299,8 @@ class Search(Session):
         per_epoch = -(-len(self.train) // self.config.arch_every)
         passes = -(-per_epoch // len(self.valid))
         done = sum(self._arch_step_due(earlier) for earlier in range(start, step))
-        return endless_batches(self.valid, start // len(self.train) * passes, done, self.seed)
+        batches = endless_batches(self.valid, start // len(self.train) * passes, done, self.seed)
+        return self.waits.over(batches, "valid")
 
     def require_same(self) -> None:
         """Raises ValueError where the processes do not have the same alphas, or not the same path where they should."""

@@ -87,7 +87,7 @@ def duration(seconds: float) -> str:
 def note(newest: dict[str, float]) -> str:
     """What fits beside the bar."""
     shown = ("weight_loss", "train_loss", "weight_top1", "train_top1", "arch_latency", "arch_entropy")
-    return summary({name.split("_")[1]: newest[name] for name in shown if name in newest})
+    return summary({name.split("_")[1]: newest[name] for name in (*shown, "data_wait") if name in newest})
 
 
 def summary(values: dict[str, float]) -> str:

@@ -22,7 +22,9 @@ from .checkpoint import Checkpoints, Writer
 from .interrupt import Interrupt
 from .journal import Journal, length_before
 from .progress import StepProgress, epoch_line, say
+from .recipe import average, take_average
 from .steps import Backward, shared_norms
+from .waiting import Waiting
 
 # What a loader may say of itself; on resume it must say the same.
 OF_LOADERS = ("size", "batch_size", "seed", "shift", "num_classes", "in_channels", "resolution")
@@ -52,6 +54,8 @@ class Session:
         self.seed = torch.initial_seed() % 2**63  # of the order of loaders that draw theirs from torch
         self.history: list[dict[str, float]] = []
         self.journal = Journal(self.ranks.mean)
+        self.waits = Waiting(loaders, speaks=self.ranks.first)
+        self.average = None if self.config.ema_decay is None else average(self.net, self.config.ema_decay)
         self.checkpoints = checkpoints or Checkpoints()
         self.out = None if out is None else Path(out)
         self.path: Path | None = None  # of the checkpoint that it went on from
@@ -93,10 +97,16 @@ class Session:
 
         Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save after the running step; then KeyboardInterrupt is raised, or Preempted
         (a SystemExit of code 0), and says how to go on. What a loader raises is raised after a save. Raises OSError
-        where the folder cannot be written, and InUse (an OSError) where another process writes into it.
+        where the folder cannot be written, and InUse (an OSError) where another process writes into it. With
+        config.ema_decay the net has the averaged weights at the end, and `average.module` has them before.
         """
-        if self.step >= self.total_steps:
-            return self
+        if self.step < self.total_steps:
+            self._run()
+        if self.average is not None:
+            take_average(self.net, self.average.module)
+        return self
+
+    def _run(self) -> None:
         with (
             self._folder(),
             StepProgress(self.kind, self.total_steps, self.step, self.ranks.first) as progress,
@@ -107,7 +117,6 @@ class Session:
             while self.step < self.total_steps:
                 self._run_epoch(progress, interrupt)
             self._save_now()
-        return self
 
     def _run_epoch(self, progress: StepProgress, interrupt: Interrupt) -> None:
         epoch, start = divmod(self.step, self.steps_per_epoch)
@@ -119,10 +128,13 @@ class Session:
             with interrupt.whole_step():
                 *stops, saves = self.run_step(batches, [*interrupt.requests(), float(self._due())])
                 del batches  # while the next are fetched
+                if self.average is not None:
+                    self.average.update_parameters(self.net)
                 self.step += 1
                 if self.step % self.config.log_every == 0:
                     self.require_same()
-                    newest = self.journal.flush()
+                    newest = self.journal.flush() | {"data_wait": self.waits.take()}
+                    self.journal.measure(self.step - 1, "time", {"data_wait": newest["data_wait"]})
                 if self.step % self.steps_per_epoch == 0:
                     lines = self.close_epoch(epoch)
             stopping = interrupt.heed(stops, self.ranks.several)
@@ -192,6 +204,7 @@ class Session:
             "config": self.config.to_dict(),
             "net": self.net.state_dict(keep_vars=True),  # they are copied at once
             "scaler": self.backward.scaler.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
             "history": self.history,
             "loaders": {name: _told_by(loader) for name, loader in self.loaders.items()},
             "rng": _generators(),
@@ -286,6 +299,9 @@ class Session:
         load_state(self.net, state["net"], str(path))
         if self.backward.scaler.is_enabled() and state.get("scaler"):
             self.backward.scaler.load_state_dict(state["scaler"])
+        if self.average is not None and state.get("average"):
+            load_state(self.average.module, state["average"], f"{path}: average")
+            self.average.n_averaged.fill_(step)
         self.restore_own(state, path)
         _set_generators(state["rng"], path)
         self.out, self.path, self._fresh = Path(out), path, False

@@ -11,14 +11,17 @@ from torch.nn.functional import cross_entropy
 
 from ..distributed.ranks import Ranks
 from . import checkpoint
-from .agreement import is_repeated, share_out
+from .agreement import share_out
 from .batches import epoch_batches
 from .checkpoint import Checkpoints
 from .config import WeightConfig, check_numbers
 from .diagnose import require_finite, require_finite_gradients
 from .optim import cosine_of, optimizer_of, set_lr
+from .parts import to_device
+from .recipe import mix_of
 from .session import Session
 from .steps import Backward, Measured, step_of
+from .waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,13 @@ class Training(Session):
         share_out(loader, ranks)
         ranks.broadcast(net)
         self.loss = step_of(None, None, None, config.label_smoothing)
+        self.mix = mix_of(config, net, loader, ranks)
         self.backward = Backward(self.parameters, ranks, self.device, config.precision, config.accumulate)
         self.optimizer, self.schedule = optimizer_of(config, self.parameters), cosine_of(config, loader, ranks)
         super().__init__({"loader": loader}, config.epochs, out, checkpoints)
 
     def batches(self, epoch: int, position: int) -> Iterator[Any]:
-        return epoch_batches(self.loader, epoch, position, self.seed)
+        return self.waits.over(epoch_batches(self.loader, epoch, position, self.seed), "loader")
 
     def run_step(self, batch: Any, requests: Sequence[float]) -> list[float]:
         """One step of all weights."""
@@ -91,6 +95,8 @@ class Training(Session):
         self.optimizer.zero_grad(set_to_none=True)
         # The host waits for an accelerator only where the log does.
         self._looks = self.device.type == "cpu" or (self.step + 1) % self.config.log_every == 0
+        if self.mix is not None:
+            batch = self.mix(self.seed, self.step, to_device(batch, self.device))
         measured = self.backward(batch, self._forward, self.parameters, requests=requests)
         if self._looks and not self.backward.scaler.is_enabled():
             require_finite_gradients(self.net, self.parameters, self.step, "train")
@@ -148,10 +154,8 @@ def evaluate(net: nn.Module, loader: Any) -> Accuracy:
     net.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     try:
-        for batch, (inputs, labels) in enumerate(loader):
+        for batch, (inputs, labels) in enumerate(Waiting().over(loader)):
             inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            if is_repeated(loader, batch, ranks):
-                continue
             logits = net(inputs).float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = cross_entropy(logits, labels, reduction="sum")

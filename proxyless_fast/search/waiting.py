@@ -24,13 +24,16 @@ class Waiting:
     """The host's waiting for batches of some loaders, as a share of the time that passes.
 
     loaders: by name, for the words. timeout: seconds for one batch, after which TimeoutError names the loader: in the
-    main thread, where the system can interrupt what hangs, and unless someone else uses SIGALRM.
+    main thread, where the system can interrupt what hangs, and unless someone else uses SIGALRM. speaks: whether this
+    process says that a loader binds.
     """
 
-    def __init__(self, loaders: Mapping[str, Any] | None = None, timeout: float | None = None) -> None:
-        self._loaders, self._timeout = dict(loaders or {}), TIMEOUT_S if timeout is None else timeout
+    def __init__(
+        self, loaders: Mapping[str, Any] | None = None, timeout: float | None = None, speaks: bool = True
+    ) -> None:
+        self._loaders, self._timeout, self._speaks = dict(loaders or {}), timeout or TIMEOUT_S, speaks
         self._since: float | None = None
-        self._waited, self._images, self._told, self._starts = 0.0, 0, False, True
+        self._waited, self._images, self._starts = 0.0, 0, True
 
     def over(self, batches: Iterable[Any], name: str = "loader") -> Iterator[Any]:
         """The same batches. Raises TimeoutError where one does not come, ChildProcessError where a worker is gone."""
@@ -56,8 +59,8 @@ class Waiting:
         now = time.perf_counter()
         seconds = now - self._since if self._since is not None else 0.0
         share = min(1.0, self._waited / seconds) if seconds else 0.0
-        if share > MUCH and not self._told and not self._starts:  # the first batches wait for the workers to start
-            self._told = True
+        if share > MUCH and self._speaks and not self._starts:  # the first batches wait for the workers to start
+            self._speaks = False  # once
             workers = [
                 f"{name} has {loader.workers}" for name, loader in self._loaders.items() if hasattr(loader, "workers")
             ]

@@ -22,7 +22,7 @@ def test_mixing_is_a_pure_function_of_seed_step_and_rank(mixup, cutmix):
     before = images.clone()
 
     def mixed(step, seed=1, rank=0):
-        return Mix(mixup, cutmix, 5, seed, rank)(step, images, labels)
+        return Mix(mixup, cutmix, 5, rank)(seed, step, (images, labels))
 
     x, y = mixed(3)
     torch.rand(3)
@@ -39,11 +39,11 @@ def test_mixing_is_a_pure_function_of_seed_step_and_rank(mixup, cutmix):
 def test_images_and_labels_are_mixed_alike():
     images, labels = batch()
     for step in range(20):
-        x, y = Mix(0.4, 0.0, 5, seed=0)(step, images, labels)
+        x, y = Mix(0.4, 0.0, 5)(0, step, (images, labels))
         torch.testing.assert_close(y.sum(1), torch.ones(8))
         share = y[0, labels[0]].item()  # the first is mixed with the last, of label 2
         torch.testing.assert_close(x[0], share * images[0] + (1 - share) * images[7])
-        x, y = Mix(0.0, 1.0, 5, seed=0)(step, images, labels)
+        x, y = Mix(0.0, 1.0, 5)(0, step, (images, labels))
         own = (x[0] == images[0]).all(0).float().mean().item()
         assert abs(own - y[0, labels[0]].item()) < 1e-6
 
@@ -51,21 +51,23 @@ def test_images_and_labels_are_mixed_alike():
 @pytest.mark.parametrize("count", [1, 7])
 def test_of_an_odd_batch_the_last_image_stays(count):
     images, labels = batch(count)
-    x, y = Mix(0.4, 1.0, 5, seed=0)(0, images, labels)
+    x, y = Mix(0.4, 1.0, 5)(0, 0, (images, labels))
     assert torch.equal(x[-1], images[-1]) and y[-1].tolist() == [float(i == labels[-1]) for i in range(5)]
     assert count == 1 or not torch.equal(x[0], images[0])
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"mixup: got images of shape \(4, 3\) and labels of shape \(4,\), expected"):
-        Mix(0.4, 0.0, 5, seed=0)(0, torch.rand(4, 3), torch.arange(4))
+    with pytest.raises(ValueError, match=r"mixup: got a batch of \[4, 3\] and \[4\], expected images"):
+        Mix(0.4, 0.0, 5)(0, 0, (torch.rand(4, 3), torch.arange(4)))
+    with pytest.raises(ValueError, match="mixup: got a batch of dict and NoneType, expected images"):
+        Mix(0.4, 0.0, 5)(0, 0, {"images": torch.rand(4, 3, 2, 2)})
 
 
 def test_without_timm_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "timm.data", None)
     with pytest.raises(ImportError, match=r"^mixup: needs timm, .*pip install proxyless-fast\[recipe\]$"):
-        Mix(0.4, 0.0, 5, seed=0)
+        Mix(0.4, 0.0, 5)
 
 
 def steps(net, ema, numbers):

@@ -34,6 +34,7 @@ class Session(Strict):
     config: dict[str, Any]
     net: dict[str, Any]
     scaler: dict[str, Any] = Field(default_factory=dict)
+    average: dict[str, Any] | None = None
     history: list[dict[str, float]]
     sums: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]
     log: dict[str, Count] | None = None
