@@ -19,7 +19,7 @@ from rich.console import Console
 from proxyless_fast.cli import main
 from proxyless_fast.cli.parser import SUMMARIES
 from proxyless_fast.report import block_lines, print_report
-from proxyless_fast.search import Search, checkpoint, progress
+from proxyless_fast.search import Search, Training, checkpoint, progress
 from tests.fuzz._checkpoints import only
 
 FAST = ["--batch-size", "16", "--epochs", "1", "--warmup-epochs", "1", "--arch-every", "2", "--log-every", "2"]
@@ -278,3 +278,43 @@ def test_a_folder_s_name_is_printed_as_it_is(tmp_path):
         print_report({"total": {"seconds": 1.0}}, tmp_path / name, Console(file=said, width=300, markup=False))
         assert name in said.getvalue()
     assert not progress.console._markup  # what the stages print with
+
+
+def test_a_second_search_is_told_how_to_go_on(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    line = fails(capsys, "search", "--all", "--run", str(folder))
+    assert f"{folder}: holds an earlier search (checkpoints/" in line
+    assert "add --resume to go on with it, or --run FOLDER to begin another" in line
+    assert main(["search", "--all", "--resume", "--run", str(folder)]) == 0
+    assert "it has ended" in capsys.readouterr().out
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= {
+        "report.json"
+    }
+
+
+@pytest.mark.parametrize("by", ["train", "search"])
+def test_a_training_that_was_stopped_goes_on(by, finished, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    run, run_step = ["--run", str(folder)], Training.run_step
+
+    def pressing(self, batch, requests):
+        found = run_step(self, batch, requests)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    assert main(["derive", *run]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run_step", pressing)
+        assert main(["train", *run, "--epochs", "2", "--batch-size", "16"]) == 0
+    assert "`proxyless-fast train --resume` continues it (SIGTERM)" in capsys.readouterr().err
+    assert "holds an unfinished training" in fails(capsys, "train", *run)
+    line = fails(capsys, "train", *run, "--resume", "--epochs", "9", "--batch-size", "16")
+    assert "--epochs: got 9 with --resume, expected 2" in line
+    more = ["search", "--all", "--repeats", "2"] if by == "search" else ["train", "--batch-size", "16"]
+    assert main([*more, "--resume", *run]) == 0
+    assert (folder / "weights.safetensors").read_bytes() == (finished / "weights.safetensors").read_bytes()
+    assert (folder / "train.jsonl").read_bytes() == (finished / "train.jsonl").read_bytes()
+    assert not (folder / "train-checkpoints").exists()
