@@ -111,7 +111,8 @@ def left_by(folder: Path, kind: str) -> dict[str, Any]:
     name = "train" if kind == "train" else "search"
     loader = EventFileLoader(str(folder / "tensorboard" / f"events.out.tfevents.{name}"))
     events = [
-        (event.step, value.tag, str(value.tensor or value.simple_value))
+        # of what is a time only that it was told
+        (event.step, value.tag, "" if value.tag.startswith("time/") else str(value.tensor or value.simple_value))
         for event in loader.Load()
         for value in event.summary.value
     ]
