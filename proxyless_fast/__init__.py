@@ -13,6 +13,7 @@ from .export import from_official
 from .fusion import set_policy
 from .latency import LatencyTable, expected_latency, profile
 from .mixed import MixedOp
+from .planning import Plan, plan
 from .search import Search, SearchConfig, objective
 from .supernet import activate_most_likely, arch_parameters, derive, mixed_ops, rescale, sample, weight_parameters
 
@@ -26,6 +27,7 @@ __all__ = [
     "LatencyTable",
     "MBConv",
     "MixedOp",
+    "Plan",
     "Search",
     "SearchConfig",
     "Zero",
@@ -45,6 +47,7 @@ __all__ = [
     "mixed_ops",
     "objective",
     "ops",
+    "plan",
     "profile",
     "release_memory",
     "report",

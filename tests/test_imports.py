@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gates",),
     ("mixed",),
     ("supernet",),
-    ("spaces", "data", "cuda_graphs"),
+    ("spaces", "data", "cuda_graphs", "planning"),
     ("export",),
     ("latency",),
     ("search",),

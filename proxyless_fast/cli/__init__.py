@@ -56,6 +56,9 @@ def _run_joined(args: Namespace, run: Run) -> None:
             raise FileNotFoundError(f"{run.report_file}: no such file, expected the report of an earlier stage")
         print_report(run.report(), run.folder)
         return
+    if args.command == "plan":
+        checks.check(args)
+        return stages.plan(run, args)
     # What a stage would meet after its work is told before it.
     checks.check(args)
     require_writable(run.folder)

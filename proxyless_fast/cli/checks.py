@@ -21,6 +21,8 @@ def check(args: Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected {least} to {most:,}")
+    if args.command == "plan" and args.budget is not None and not 0 < args.budget <= 1 << 20:
+        raise ValueError(f"--budget: got {args.budget}, expected GiB above 0")
     if args.command == "derive" and args.target is not None and not math.isfinite(args.target):
         raise ValueError(f"--target: got {args.target}, expected milliseconds")
     if args.command == "search" and args.no_latency and args.table is not None:

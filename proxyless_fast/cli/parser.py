@@ -46,6 +46,11 @@ HELP = {
 WHOLE = ("lr_batch",)  # of those whose default does not tell
 
 EPILOGS = {
+    "plan": """examples:
+  proxyless-fast plan --space mobile --budget 16
+  proxyless-fast plan --space mobile --resolution 160      in what memory this machine has free
+
+of the batch of one process and one part: --accumulate and more processes multiply it""",
     "profile": """examples:
   proxyless-fast profile
   proxyless-fast profile --run runs/imagenet --space mobile --num-classes 100 --resolution 160
@@ -90,6 +95,7 @@ reads report.json""",
 }
 
 SUMMARIES = {
+    "plan": "the largest batch of a search that fits into memory, before anything runs",
     "profile": "measure the latency of each block of a search space on this machine",
     "search": "search a network within a latency (with --all: every stage, profile to export)",
     "derive": "keep the most probable path that meets the target",
@@ -124,7 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
             help="run folder (default: %(default)s); torchrun takes --run for its own, so there say --folder",
         )
     commands.add_parser("bench", help="speed and memory beside other implementations (in a clone of the repository)")
-    for name in ("profile", "search"):
+    subparsers["plan"].add_argument(
+        "--budget", metavar="GIB", type=float, help="memory for all of a search (default: what is free here)"
+    )
+    for name in ("plan", "profile", "search"):
         _space_options(subparsers[name])
     for name in ("profile", "search", "export"):
         _timing_options(subparsers[name])

@@ -19,8 +19,10 @@ from ..io.state import load_state
 from ..io.text import plain, short
 from ..latency import ExpectedLatency, LatencyTable, MissingKey, measure
 from ..latency import profile as profile_net
+from ..planning import plan as plan_of
 from ..report import describe_blocks
 from ..search import Checkpoints, Search, SearchConfig, TrainConfig, Training, checkpoint, evaluate
+from ..search.memory import available_bytes
 from ..search.progress import progress_bar, say
 from ..search.recipe import take_average
 from ..supernet import derive as derive_net
@@ -31,6 +33,17 @@ from .target import choose, parse_target
 
 SEARCHED = ["search.jsonl", "tensorboard/", "checkpoints/"]
 SPACE_OPTIONS = ("num_classes", "in_channels", "resolution", "width", "candidates")
+
+
+def plan(run: Run, args: Namespace) -> None:
+    """Says how large a batch fits; writes nothing."""
+    name = "small" if args.space is None else args.space
+    net = space.build(name, _given(args, SPACE_OPTIONS))
+    budget = available_bytes() if args.budget is None else int(args.budget * 2**30)
+    found = plan_of(net, budget)
+    for policy, images in found.largest.items():
+        need = found.step_bytes[policy](max(images, 1)) + found.kept_bytes
+        say(f"policy {policy}: at most {images:,} images in {budget / 2**30:.2f} GiB ({need / 2**30:.2f} GiB)")
 
 
 def profile(run: Run, args: Namespace, net: nn.Module | None = None) -> None:

@@ -21,6 +21,7 @@ from . import checkpoint
 from .checkpoint import Checkpoints, Writer
 from .interrupt import Interrupt
 from .journal import Journal, length_before
+from .memory import told_how_many_fit
 from .progress import StepProgress, epoch_line, say
 from .recipe import average, take_average
 from .steps import Backward, shared_norms
@@ -126,7 +127,9 @@ class Session:
             lines: list[str] = []
             newest = None
             with interrupt.whole_step():
-                *stops, saves = self.run_step(batches, [*interrupt.requests(), float(self._due())])
+                requests = [*interrupt.requests(), float(self._due())]
+                with told_how_many_fit(self.net, batches, self.config.accumulate, self.backward.device):
+                    *stops, saves = self.run_step(batches, requests)
                 del batches  # while the next are fetched
                 if self.average is not None:
                     self.average.update_parameters(self.net)
