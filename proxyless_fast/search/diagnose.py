@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def _first(net: nn.Module, inputs: Any, watched: Callable) -> str | None:
         if not found and not _finite(output):
             found.append(name or type(net).__name__)
 
-    with watched(net, look), torch.no_grad():
+    with watched(net, look), torch.no_grad(), suppress(Exception):  # a step of the user's may call it otherwise
         net(inputs)
     return found[0] if found else None
 

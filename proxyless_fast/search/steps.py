@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..distributed.ranks import OF_NETWORK, Ranks, lost_rank_named
 from .parts import count_images, split_batch, to_device
 
 Measured = dict[str, Any]
+LOGGED = ("step", "kind", "loss", "ce", "latency", "lr", "entropy", "reward")  # names that records have anyway
 # Forward and loss of one batch: (net, batch) -> (loss, what is measured by name; the first of it is the score).
 Step = Callable[[nn.Module, Any], tuple[Tensor, Measured]]
 
@@ -53,7 +55,33 @@ def step_of(step: Step | None, loss: Callable | None, metric: Callable | None, l
     if step is not None and (loss is not None or metric is not None):
         raise ValueError("step: got it with a loss or a metric, expected a step, which has both, or these")
     smoothed = partial(cross_entropy, label_smoothing=label_smoothing)
-    return step or Supervised(loss or smoothed, metric or top1)
+    if step is None and loss is None and metric is None:
+        return Supervised(smoothed)
+    return _checked(step or Supervised(loss or smoothed, metric or top1))
+
+
+def _checked(step: Step) -> Step:
+    """A user's step, which raises ValueError where it returns something else than a step should."""
+
+    def checked(net: nn.Module, batch: Any) -> tuple[Tensor, Measured]:
+        found = step(net, batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict) and found[1]):
+            raise ValueError(f"step: returned a {type(found).__name__}, expected (loss, {{name: scalar, ...}})")
+        loss, measured = found
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"loss: got {_kind(loss)}, expected a tensor of one number, a mean over images")
+        for name, value in measured.items():
+            if name in LOGGED:
+                raise ValueError(f"step: measured {name!r}, which the log has of its own, expected another name")
+            if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
+                raise ValueError(f"{name}: got {_kind(value)}, expected one number, a mean over images")
+        return loss, measured
+
+    return checked
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def shared_norms(net: nn.Module, ranks: Ranks, wanted: bool) -> AbstractContextManager:
