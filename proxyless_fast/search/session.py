@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import told
+from ..data.seeds import seed_of
 from ..distributed.ranks import Ranks
 from ..io.files import held
 from ..io.state import load_state
@@ -52,7 +53,8 @@ class Session:
         self.loaders, self.epochs = loaders, epochs
         self.steps_per_epoch = len(next(iter(loaders.values())))
         self.step, self.total_steps = 0, self.steps_per_epoch * epochs
-        self.seed = torch.initial_seed() % 2**63  # of the order of loaders that draw theirs from torch
+        # Of the order of loaders that draw theirs from torch, and of what steps draw in several processes.
+        self.seed = self.ranks.gather(torch.initial_seed() % 2**63)[0]
         self.history: list[dict[str, float]] = []
         self.journal = Journal(self.ranks.mean)
         self.waits = Waiting(loaders, speaks=self.ranks.first)
@@ -127,6 +129,8 @@ class Session:
             lines: list[str] = []
             newest = None
             with interrupt.whole_step():
+                if self.ranks.several:  # a checkpoint has the generators of rank 0 alone
+                    torch.manual_seed(seed_of(self.seed, self.step, self.ranks.rank))
                 requests = [*interrupt.requests(), float(self._due())]
                 with told_how_many_fit(self.net, batches, self.config.accumulate, self.backward.device):
                     *stops, saves = self.run_step(batches, requests)
@@ -299,6 +303,7 @@ class Session:
                 f"{path}: step {step} after {epochs} epochs does not fit a {self.kind} of {self.total_steps} steps, "
                 f"{self.steps_per_epoch} an epoch: expected the images and batches that it was started with"
             )
+        self.ranks.require_same("the checkpoint", path.name)
         load_state(self.net, state["net"], str(path))
         if self.backward.scaler.is_enabled() and state.get("scaler"):
             self.backward.scaler.load_state_dict(state["scaler"])

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from proxyless_fast.data.memory import MemoryLoader
 from proxyless_fast.distributed.ranks import Ranks
-from proxyless_fast.search import Search, SearchConfig, TrainConfig, evaluate, train
+from proxyless_fast.search import Search, SearchConfig, TrainConfig, checkpoint, evaluate, train
 from proxyless_fast.supernet import derive
 from tests._ranks import environment, free_port, run_ranks
 from tests.search.test_search import ToyNet, toy_times
@@ -192,6 +193,38 @@ def test_training_and_evaluation(size):
         assert difference(ours, truth) < 1e-10
         assert (found.images, found.top1, found.top5) == (49, accuracy.top1, accuracy.top5)
         assert found.loss == pytest.approx(accuracy.loss, rel=1e-6)  # logits are float32 there
+
+
+class Dropped(ToyNet):
+    """Draws numbers in every step, another in each process."""
+
+    def forward(self, x):
+        return super().forward(torch.dropout(x, 0.3, self.training))
+
+
+def resumed(folder):
+    """The weights of a search, and of one that lost its newest checkpoint, in processes that draw for themselves."""
+    ranks, found = Ranks.current(), []
+    for name in ("whole", "stopped"):
+        loaders = [Images(n, n, torch.float32, shuffle=True, drop_last=True) for n in (96, 48)]
+        config = SearchConfig(epochs=2, warmup_epochs=0, arch_every=2, target_ms=None, log_every=2)
+        torch.manual_seed(0)
+        search = Search(Dropped(), *loaders, config, None, f"{folder}/{name}").fit()
+        if name == "stopped":
+            if ranks.first:
+                checkpoint.paths(Path(folder) / name / "checkpoints")[0].unlink()
+            ranks.wait()
+            torch.manual_seed(1)
+            search = Search.resume(f"{folder}/{name}", Dropped(), *loaders)
+            assert search.step < search.total_steps
+            search.fit()
+        found.append({"values": {key: p.detach() for key, p in search.net.named_parameters()}})
+    return found
+
+
+def test_what_each_process_draws_is_drawn_again_after_a_resume(tmp_path):
+    for whole, again in run_ranks(resumed, 2, str(tmp_path)):
+        assert difference(again, whole) == 0
 
 
 LOST = """
