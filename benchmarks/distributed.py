@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,13 +115,34 @@ def measured(rank: int, processes: int, port: int, kind: str, space: str, steps:
     dist.destroy_process_group()
 
 
-def run(processes: int, kind: str, space: str, steps: int) -> dict[str, float]:
+def messages(rank: int, processes: int, port: int, out: str) -> None:
+    """One process: microseconds of an all-reduce of one number, and GB/s of one of 16 MB, from rank 0."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    seconds = []
+    for count, repeats in ((1, 300), (4 << 20, 15)):
+        values, taken = torch.ones(count), []
+        for _ in range(repeats):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(values)
+            taken.append(time.perf_counter() - start)
+        seconds.append(statistics.median(taken))
+    sent = 2 * (processes - 1) / processes * (16 << 20)  # by each process of a ring
+    if rank == 0:
+        Path(out).write_text(json.dumps({"us": 1e6 * seconds[0], "GB/s": sent / seconds[1] / 1e9}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(processes: int, function: Callable, *arguments: Any) -> dict[str, float]:
+    """What rank 0 of some processes measured."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     out = Path("build") / "distributed.json"
     out.parent.mkdir(exist_ok=True)
-    mp.spawn(measured, (processes, port, kind, space, steps, str(out)), processes)
+    mp.spawn(function, (processes, port, *arguments, str(out)), processes)
     return json.loads(out.read_text())
 
 
@@ -139,7 +161,7 @@ def compare(processes: int, steps: int) -> Table:
     )
     for space in SPACES:
         for kind in KINDS[: 3 if processes > 1 else 1]:
-            f = run(processes, kind, space, steps)
+            f = run(processes, measured, kind, space, steps)
             megabytes = [f"{f[name] / 1e6:.2f}" for name in ("payload", "path", "all", "wire")]
             shown.add_row(space, kind, f"{f['payload'] / f['path']:.3f}", *megabytes, f"{f['ms']:.0f}")
     return shown
@@ -176,6 +198,11 @@ def main() -> None:
         console.print(model(args.step_ms, args.path_mb, args.all_mb, args.latency_us, args.gbit, args.hidden))
         return
     console.print(compare(args.processes, args.steps))
+    if args.processes > 1:
+        found = run(args.processes, messages)
+        console.print(
+            f"an all-reduce of one number: {found['us']:.0f} us; of 16 MB: {found['GB/s']:.2f} GB/s sent a process"
+        )
     console.print(machine_line(machine()))
 
 

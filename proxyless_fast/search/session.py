@@ -53,6 +53,9 @@ class Session:
         self.loaders, self.epochs = loaders, epochs
         self.steps_per_epoch = len(next(iter(loaders.values())))
         self.step, self.total_steps = 0, self.steps_per_epoch * epochs
+        for name, loader in loaders.items():
+            self.ranks.require_same(f"batches of {name}", len(loader))
+        self.ranks.require_same("config", self.config.to_dict())
         # Of the order of loaders that draw theirs from torch, and of what steps draw in several processes.
         self.seed = self.ranks.gather(torch.initial_seed() % 2**63)[0]
         self.history: list[dict[str, float]] = []

@@ -176,6 +176,25 @@ def test_a_loader_that_gives_all_the_same_is_refused():
         assert said.startswith("train: all 2 processes got the same batch, expected each its own part")
 
 
+def unlike(what):
+    """The error of a search whose processes were given different things."""
+    rank = Ranks.current().rank
+    loaders = [Images(96 + 24 * rank * (what == "batches of train"), 1, torch.float32), Images(48, 2, torch.float32)]
+    config = SearchConfig(target_ms=2.0, objective="add_linear", lr=0.1 + rank * (what == "config"))
+    net = ToyNet()
+    try:
+        Search(net, *loaders, config, toy_times(net))
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.mark.parametrize("what", ["batches of train", "config"])
+def test_processes_that_were_given_different_things_are_told(what):
+    for said in run_ranks(unlike, 2, what):
+        assert said.startswith(f"rank 1: {what} is ")
+
+
 def trained():
     """Weights and accuracy of a net that was trained, and evaluated on images that do not share out evenly."""
     torch.manual_seed(0)
