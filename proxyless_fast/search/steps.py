@@ -121,7 +121,7 @@ class Backward:
         weights: those that take part; own: ids of those in this process. alphas: those that take part. requests:
         numbers that are added up over the processes beside the images, into `requested`.
         """
-        parts = split_batch(batch, self.accumulate)
+        parts = self._parts(batch)
         counts = [count_images(part) for part in parts]
         total = self.ranks.start_sum([sum(counts), *requests])
         measured: Measured = {}
@@ -143,6 +143,14 @@ class Backward:
         self.gradients.finish(divisor)
         sum_vector(alphas, self.ranks, divisor)
         return measured
+
+    def _parts(self, batch: Any) -> list[Any]:
+        """As many in each process, since norms wait for one another in each: a batch may have fewer images in some."""
+        parts = split_batch(batch, self.accumulate)
+        if self.accumulate == 1 or not self.ranks.several:
+            return parts
+        fewest = min(self.ranks.gather(len(parts)))
+        return parts if len(parts) == fewest else split_batch(batch, fewest)
 
     def in_precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

@@ -118,6 +118,21 @@ def test_a_batch_in_parts_in_several_processes():
     assert difference(several, whole) <= 1e-10
 
 
+def test_parts_of_a_batch_that_processes_have_unlike_numbers_of_images_of():
+    """Of the last batch one process has two images and the other one, and norms of both wait for each other."""
+    first, second = run_ranks(uneven_parts, 2, timeout_s=60)
+    assert first == second and first > 0
+
+
+def uneven_parts():
+    images = Images(27, 1, torch.float32, shuffle=True)
+    net = ToyNet()
+    Search(
+        net, images, images, SearchConfig(epochs=1, warmup_epochs=0, arch_every=1, accumulate=2, sync_norm=True)
+    ).fit()
+    return sum(float(p.detach().abs().sum()) for p in net.parameters())
+
+
 def both_ways():
     several = searched(torch.float64, net=FrozenNorms, accumulate=3)
     alone = Ranks.current
