@@ -58,7 +58,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         every = Checkpoints(steps=EVERY, keep=1)
         search = Watched(
-            spaces.mobile(resolution=SIDE), train, valid, config, None, Path(folder) / "run", checkpoints=every
+            spaces.mobile(resolution=SIDE).to(memory_format=torch.channels_last),
+            train,
+            valid,
+            config,
+            None,
+            Path(folder) / "run",
+            checkpoints=every,
         )
         search.fit()
     stopped = sorted(search.saves[2:])  # the first fault their memory in

@@ -1,5 +1,6 @@
 // What Python asks of the build, its memory and of modules; the ops are reached through torch.ops.proxyless_fast.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
 #include "cpu/ops/memory.h"
@@ -10,6 +11,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return pf::cpu::kernels().name; }, "The instruction set the CPU kernels run with.");
   m.def("release_memory", &pf::release_memory,
         "Give the memory that the CPU ops keep between steps and do not use now back to the system.");
+  m.def("copy_behind", &pf::copy_behind, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Copy pieces of memory, by address and bytes, one behind the other, to an address.");
   m.def("objects_of", &pf::objects_of, "Every object that calling a torch module depends on, its children's too.");
   m.def("has_objects", &pf::has_objects, "Whether objects_of(module) would be the very same objects as these.");
   m.def("versions_of", &pf::versions_of, "Which tensors a module's parameters are, and how often each was changed.");

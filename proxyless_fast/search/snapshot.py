@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._C import copy_behind  # type: ignore[import-not-found]  # compiled
+
 # A dict with this key stands for what JSON does not have: {MARK: [kind, ...]}.
 MARK = ""
 Kind = tuple[torch.dtype, torch.device]
@@ -84,8 +86,14 @@ class _Group:
                 self.reserve(int(GROWTH * self.count))
             parts = self.flat[: self.count].split(counts)
             self.shapes, self.views = shapes, [part.view(s) for part, s in zip(parts, shapes, strict=True)]
-        with torch.no_grad():
-            torch._foreach_copy_(self.views, tensors)
+        if self.device.type == "cpu":
+            # A third of the time of torch's copies, one by one: a few large pieces for all threads.
+            dense = [t if t.is_contiguous() else t.detach().contiguous() for t in tensors]
+            size = self.dtype.itemsize
+            copy_behind([t.data_ptr() for t in dense], [t.numel() * size for t in dense], self.flat.data_ptr())
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(self.views, tensors)
         if self.host is not self.flat:
             self.host[: self.count].copy_(self.flat[: self.count], non_blocking=True)
             if self.device.type == "cuda":

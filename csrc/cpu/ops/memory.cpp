@@ -164,6 +164,22 @@ at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options, 
                                                       at::typeMetaToScalarType(options.dtype())));
 }
 
+void copy_behind(const std::vector<uintptr_t>& from, const std::vector<size_t>& bytes, uintptr_t to) {
+  std::vector<size_t> starts = {0};
+  for (size_t n : bytes) starts.push_back(starts.back() + n);
+  const auto total = static_cast<int64_t>(starts.back());
+  at::parallel_for(0, total, 1 << 20, [&](int64_t begin, int64_t end) {
+    auto first = static_cast<size_t>(begin);
+    const auto last = static_cast<size_t>(end);
+    for (size_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1; first < last; ++i) {
+      const size_t stop = std::min(starts[i + 1], last);
+      std::memcpy(reinterpret_cast<void*>(to + first), reinterpret_cast<const void*>(from[i] + first - starts[i]),
+                  stop - first);
+      first = stop;
+    }
+  });
+}
+
 void release_memory() { pool().trim(); }
 
 }  // namespace pf

@@ -5,7 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace pf {
 
@@ -28,6 +30,9 @@ class Workspace {
 // An uninitialised tensor on kept memory, dense, or channels-last for four dimensions.
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options,
                        at::MemoryFormat format = at::MemoryFormat::Contiguous);
+
+// Copies pieces of memory, by address and bytes, one behind the other, to one place; all threads share the work.
+void copy_behind(const std::vector<uintptr_t>& from, const std::vector<size_t>& bytes, uintptr_t to);
 
 // Gives what is free back to the system.
 void release_memory();
