@@ -41,6 +41,7 @@ struct GramFunction : Function<GramFunction> {
   }
   // cov = (X - m)^T (X - m) / N, and the centred rows sum to zero: d cov passes to X through them alone.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const NoAutocast no_autocast;
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &mean = saved[1];
     const at::Scalar pixels(x.sym_numel() / x.sym_size(1));

@@ -167,6 +167,22 @@ def reasons(block, x):
     return reason
 
 
+def test_backward_within_autocast_is_that_outside():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(ConvLayer(3, 8), pf.MBConv(8, 8, 3, 1, 6)), torch.randn(4, 3, 9, 9)
+    found = []
+    for within in (False, True):
+        net.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(x).square().mean()
+            if within:
+                out.backward()
+        if not within:
+            out.backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_the_cpu_is_fused_in_float32(dtype):
     """Output, gradients, gates: at most twice as far from the truth as those of torch's own ops under autocast."""

@@ -128,6 +128,7 @@ std::tuple<Tensor, std::vector<Tensor>> mbconv_backward(const Tensor& grad, cons
                                                         std::string_view activation, bool training, double eps,
                                                         bool input, bool weights, bool shortcut,
                                                         std::string_view group) {
+  const NoAutocast no_autocast;  // backward may be called within the context
   const MBConvInputs a = check_mbconv("mbconv_backward", x, params, {mean, cov, false}, stride, std::string(activation),
                                       training, eps, group);
   TORCH_CHECK_VALUE(grad.sizes() == y.sizes() && grad.scalar_type() == x.scalar_type(),
