@@ -187,9 +187,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
     for name, value, text in (
-        ("step-ms", 300.0, "one rank's weight step"), ("path-mb", 17.0, "gradients of a path"),
-        ("all-mb", 80.0, "gradients of all candidates"), ("latency-us", 20.0, "one message between two hosts"),
-        ("gbit", 25.0, "per second and host"), ("hidden", 0.5, "share of a step during which messages go"),
+        ("step-ms", 54.0, "one rank's weight step"), ("path-mb", 16.3, "gradients of a path"),
+        ("all-mb", 64.1, "gradients of all candidates"), ("latency-us", 72.0, "one message between two hosts"),
+        ("gbit", 9.9, "per second and host"), ("hidden", 0.0, "share of a step during which messages go"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{text} (default: %(default)s)")
     args = parser.parse_args()
