@@ -76,6 +76,11 @@ def elsewhere(kind, path, net, folder):
     return float(done.stdout)
 
 
+def allowed(training):
+    """Norms over the few pixels of three images amplify rounding, which threads of another process add up otherwise."""
+    return 1e-3 if training else 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_a_trace_runs_without_the_package(net, training, tmp_path):
@@ -83,7 +88,7 @@ def test_a_trace_runs_without_the_package(net, training, tmp_path):
     traced = torch.jit.trace(copy.deepcopy(net), image(net), check_trace=False)
     traced.load_state_dict(net.state_dict())  # in training, tracing has moved the statistics
     traced.save(str(tmp_path / "t.pt"))
-    assert elsewhere("jit", tmp_path / "t.pt", net, tmp_path) <= 1e-5
+    assert elsewhere("jit", tmp_path / "t.pt", net, tmp_path) <= allowed(training)
 
 
 @pytest.mark.slow
@@ -93,7 +98,7 @@ def test_an_exported_program_runs_without_the_package(net, training, tmp_path):
     program = torch.export.export(net, (image(net),))
     assert not [n for n in program.graph.nodes if "proxyless" in str(n.target)]
     torch.export.save(program, tmp_path / "e.pt2")
-    assert elsewhere("export", tmp_path / "e.pt2", net, tmp_path) <= 1e-5
+    assert elsewhere("export", tmp_path / "e.pt2", net, tmp_path) <= allowed(training)
 
 
 @pytest.mark.slow
