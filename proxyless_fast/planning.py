@@ -6,7 +6,6 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .checks import is_integer, told
 from .fusion import POLICIES, set_policy
-from .supernet import arch_parameters, mixed_ops, weight_parameters
+from .supernet import arch_parameters, frozen, mixed_ops, weight_parameters
 
 SMALL = 2, 4  # batches that are tried: every tensor of a step grows on a line from one to the other
 STREAMED_BYTES, STREAMED_IMAGES = 128 << 20, 4  # csrc/cpu/ops/mbconv_forward.cpp: wide tensors beyond are not written
@@ -117,22 +116,11 @@ def _traces(net: nn.Module, loss: Callable, shape: tuple) -> Iterator[tuple[list
 
 def _trace(net: nn.Module, loss: Callable, images: Tensor, mode: str) -> list[_Event]:
     """The events of one step; its parameters' gradients are made in it and dropped after it."""
-    frozen = weight_parameters(net) if mode == "full" else arch_parameters(net)
-    with _frozen(list(frozen)), _Watch() as watch:
+    still = weight_parameters(net) if mode == "full" else arch_parameters(net)
+    with frozen(list(still)), _Watch() as watch:
         loss(net, images).backward()
     net.zero_grad(set_to_none=True)
     return watch.events
-
-
-@contextmanager
-def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 class _Watch(TorchDispatchMode):

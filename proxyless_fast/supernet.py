@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,19 @@ def _find_chains(module: nn.Module, chain: Chain, places: dict[int, int], found:
                 _find_chains(candidate, (*chain, (places[id(module)], index)), places, found)
         else:
             _find_chains(child, chain, places, found)
+
+
+@contextmanager
+def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within, autograd computes no gradient of these parameters; afterwards each is as it was."""
+    thawed = [p for p in parameters if p.requires_grad]
+    for p in thawed:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in thawed:
+            p.requires_grad_(True)
 
 
 def padded_alphas(ops: list[MixedOp]) -> Tensor:

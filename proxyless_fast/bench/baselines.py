@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import proxyless_fast as pf
 
 from ..mixed import Mode
-from ..search.optim import adam, frozen, sgd
+from ..search.optim import adam, sgd
+from ..supernet import frozen
 
 Paths = list[tuple[int, int | None]]  # the active index and the partner of each mixed op
 MODES: dict[str, Mode] = {

@@ -54,7 +54,8 @@ def _run_joined(args: Namespace, run: Run) -> None:
     if args.command == "report":
         if not run.report():
             raise FileNotFoundError(f"{run.report_file}: no such file, expected the report of an earlier stage")
-        print_report(run.report(), run.folder)
+        if run.writes:
+            print_report(run.report(), run.folder)
         return
     if args.command == "plan":
         checks.check(args)

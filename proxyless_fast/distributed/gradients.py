@@ -41,12 +41,8 @@ class GradientSum:
         self._buckets: list[_Bucket] = []
         self._places: dict[int, tuple[_Bucket, Tensor]] = {}  # by id of the parameter: what it still has to fill
         self._next = 0  # the bucket to be sent: all processes send in one order
-        self._handles = [p.register_post_accumulate_grad_hook(self._take) for p in parameters] if ranks.several else []
-
-    def close(self) -> None:
-        """No gradient is taken from now on."""
-        for handle in self._handles:
-            handle.remove()
+        for p in parameters if ranks.several else ():
+            p.register_post_accumulate_grad_hook(self._take)
 
     def expect(self, parameters: Sequence[nn.Parameter], own: set[int] | None = None) -> None:
         """These take part in the next backward, on all processes alike; the last of them is ready first, about.

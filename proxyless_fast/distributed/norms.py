@@ -14,10 +14,10 @@ from ..ops.batch_norm import shared_batch_norm
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d whose statistics, in training, are those of the images of all processes of a group.
 
-    x (B, C, H, W), of any floating type and on any device; B may differ by process. group: the name that
-    torch.distributed gives a process group (`ProcessGroup.group_name`). All processes must call it, forward and
-    backward, in one order. In evaluation, and without a group, it is nn.BatchNorm2d. nn.SyncBatchNorm, which it stands
-    beside, runs on GPUs alone. Blocks of the package with such norms run fused on the CPU, as with plain ones.
+    x (B, C, H, W), of any floating type and on any device, but tried on the CPU alone; B may differ by process. group:
+    the name that torch.distributed gives a process group (`ProcessGroup.group_name`). All processes must call it,
+    forward and backward, in one order. In evaluation, and without a group, it is nn.BatchNorm2d. nn.SyncBatchNorm
+    runs on GPUs alone. Blocks of the package with such norms run fused on the CPU, as with plain ones.
     """
 
     group: str = ""

@@ -183,7 +183,8 @@ def restarted() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within, the processes of a launcher are the default group of torch.distributed: NCCL with a GPU each, or gloo."""
+    """Within, the processes of a launcher are the default group of torch.distributed: gloo, or with a GPU each NCCL,
+    which was never run."""
     if not launched() or dist.is_initialized():
         yield
         return

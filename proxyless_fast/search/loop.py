@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks, digest
 from ..latency import ExpectedLatency, LatencyTable
-from ..supernet import ActiveParameters, arch_parameters, mixed_ops, rescale, sample, weight_parameters
+from ..supernet import ActiveParameters, arch_parameters, frozen, mixed_ops, rescale, sample, weight_parameters
 from . import checkpoint
 from .agreement import require_agreement, require_images, require_own_batches, share_out
 from .batches import endless_batches, epoch_batches, generator
@@ -17,7 +17,7 @@ from .checkpoint import Checkpoints
 from .config import SearchConfig
 from .diagnose import require_finite, require_finite_gradients
 from .objectives import objective
-from .optim import adam, cosine_of, frozen, optimizer_of, set_lr
+from .optim import adam, cosine_of, optimizer_of, set_lr
 from .parts import count_images, to_device
 from .recipe import mix_of
 from .reinforce import log_probability, reward, surrogate, update_baseline
@@ -184,9 +184,9 @@ class Search(Session):
         target, exponent = self.config.target_ms, self.config.reward_exponent
         rewards = [reward(score, ms, target, exponent) for score, ms in zip(scores, latencies, strict=True)]
         stacked = torch.stack(rewards)
-        surrogate(torch.stack(log_p), stacked, self.baseline).backward()
+        self.backward.scaler.scale(surrogate(torch.stack(log_p), stacked, self.baseline)).backward()
         self.baseline = update_baseline(self.baseline, stacked, self.config.baseline_momentum)
-        measured = {"reward": stacked.mean(), "top1": torch.stack(scores).mean()}
+        measured = {"reward": stacked.mean(), getattr(self.arch_loss, "name", "score"): torch.stack(scores).mean()}
         return measured if self.latency is None else {**measured, "latency": self.latency().detach()}
 
     @torch.no_grad()

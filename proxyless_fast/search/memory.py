@@ -36,7 +36,9 @@ def _answer(net: nn.Module, images: int, accumulate: int, device: torch.device) 
     said = f"a step of {images} images in {accumulate} part{'s' if accumulate > 1 else ''} does not fit"
     help = "a smaller --batch-size, or --accumulate in more parts, takes less"
     try:
-        budget = available_bytes(device)
+        if device.type != "cpu":
+            return f"{said}; {help}"  # what is planned for is the CPU's engine
+        budget = available_bytes()
         own = copy.deepcopy(net).cpu()
         used = {module.policy for module in own.modules() if isinstance(module, Fusible)}
         found = plan(own, budget, policies=POLICIES).largest
@@ -46,11 +48,8 @@ def _answer(net: nn.Module, images: int, accumulate: int, device: torch.device) 
     return f"{said}: in {budget / 2**30:.1f} GiB fit at most {fits} (now {', '.join(sorted(used))}); {help}"
 
 
-def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Memory that a search can have on a device: all of a GPU's; of the host's, what is free and what this process has,
-    within the process's own limit."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+def available_bytes() -> int:
+    """Memory of the host that is free, within this process's own limit (Linux)."""
     import resource
 
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,8 +1,7 @@
 """Optimizers and the learning rate, the same for a supernet and for a derived net."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -88,16 +87,3 @@ def cosine_of(config: WeightConfig, loader: Any, ranks: Ranks) -> Callable[[int,
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-@contextmanager
-def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within, autograd computes no gradient of these parameters; afterwards each is as it was."""
-    thawed = [p for p in parameters if p.requires_grad]
-    for p in thawed:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in thawed:
-            p.requires_grad_(True)

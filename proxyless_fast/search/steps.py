@@ -157,7 +157,8 @@ class Backward:
 
     def update(self, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         """One step of an optimizer, the gradients clipped to a norm; under float16 none, where they overflowed."""
-        self.scaler.unscale_(optimizer) if self.scaler.is_enabled() else None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(optimizer)
         if clip_norm is not None:
             given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             nn.utils.clip_grad_norm_(given, clip_norm)

@@ -107,6 +107,19 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_goes_down():
     assert any(not torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+def test_reinforce_in_float16_scales_what_it_unscales():
+    found = []
+    for precision in ("float32", "float16"):
+        net = ToyNet()
+        search = Search(net, *toy_loaders(), config(mode="reinforce", precision=precision, log_every=1), toy_times(net))
+        search.backward.scaler.step = lambda optimizer: None  # look at the gradients before they are used
+        search.arch_step(next(iter(search.valid)))
+        found.append([op.alpha.grad for op in search.ops.values()])
+    for full, half in zip(*found, strict=True):
+        torch.testing.assert_close(half, full, rtol=0.2, atol=0.02)
+    assert any(bool(grad.abs().max() > 0.01) for grad in found[0])
+
+
 def test_training_takes_the_same():
     net = derive(ToyNet(), {"first": 0, "second": 1})
     parts, whole = copy.deepcopy(net), copy.deepcopy(net)
