@@ -20,7 +20,7 @@ def gram_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def dtype_in_autocast(x: Tensor) -> torch.dtype:
     """What the CPU kernels read x as: under autocast they compute in float32, where torch's own ops round to half.
 
-    More exact than asked for, and several times as fast: torch's depthwise convolutions in bfloat16 are slow on CPUs.
+    More exact than asked for, and fused: torch's depthwise convolutions in bfloat16 are slow on CPUs.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and torch.is_autocast_enabled("cpu") else x.dtype
