@@ -40,13 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     rank = int(os.environ.get("RANK", "0")) if launched() else 0
     with _messages(quiet=rank > 0):
-        return ended(f"{args.command} (rank {rank})" if rank else args.command, lambda: _run(args), args.run)
+        name = f"{args.command} (rank {rank})" if rank else args.command
+        return ended(name, lambda: _run(args, name), args.run)
 
 
-def _run(args: Namespace) -> None:
-    """Runs a command, in each process of torchrun: what none can do for the others is done by the first alone."""
+def _run(args: Namespace, name: str) -> int:
+    """Runs a command, in each process of torchrun: what none can do for the others is done by the first alone.
+
+    What ended it is said before the processes part, which takes its time where one of them is gone.
+    """
     with joined():
-        _run_joined(args, Run(args.run, Ranks.current()))
+        return ended(name, lambda: _run_joined(args, Run(args.run, Ranks.current())), args.run)
 
 
 def _run_joined(args: Namespace, run: Run) -> None:

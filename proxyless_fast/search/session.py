@@ -114,9 +114,9 @@ class Session:
 
     def _run(self) -> None:
         with (
+            Interrupt() as interrupt,  # the last to go: a signal must not end what is being written
             self._folder(),
             StepProgress(self.kind, self.total_steps, self.step, self.ranks.first) as progress,
-            Interrupt() as interrupt,
             shared_norms(self.net, self.ranks, self.config.sync_norm),
         ):
             self.net.train()
