@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import random
-import resource
 import struct
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from PIL import Image
 
 from proxyless_fast.data import UnreadableImage, idx, images
 from tests.fuzz._command import from_command_line
+from tests.fuzz._cost import Cost
 
-SECOND = 1.0
 # What reading may add to the process, as images.py states it for the largest image.
 MEMORY = 12 * images.MAX_PIXELS
 
@@ -103,7 +102,7 @@ def mutated(content: bytes, draw: random.Random, other: bytes) -> bytes:
 
 def try_one(path: Path) -> str | None:
     """What is wrong with how a file is read, or None."""
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cost = Cost()
     try:
         if "idx" in path.name:
             found = idx.read(path, 3)
@@ -121,10 +120,7 @@ def try_one(path: Path) -> str | None:
             return f"{error!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    if seconds > SECOND:
-        return f"took {seconds:.1f} s"
-    return f"took {grown / 1024:.0f} MB" if grown * 1024 > MEMORY else None
+    return cost.too_much(MEMORY)
 
 
 def main(seconds: float = 60.0, seed: int = 0, cases: int = sys.maxsize) -> int:

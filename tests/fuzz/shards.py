@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import random
-import resource
 import shutil
 import sys
 import tarfile
@@ -22,10 +21,10 @@ from PIL import Image
 
 from proxyless_fast.data import UnreadableImage, shards
 from tests.fuzz._command import from_command_line
+from tests.fuzz._cost import Cost
 from tests.fuzz.folders import silence
 from tests.fuzz.images import mutated
 
-SECOND = 1.0
 MEMORY = 64 * 2**20
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 NAMES = (
@@ -96,7 +95,7 @@ def build(draw: random.Random, image: bytes) -> bytes:
 
 def try_one(path: Path, load: Callable = shards.Shards) -> str | None:
     """What is wrong with how a shard is read, or None."""
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cost = Cost()
     size = path.stat().st_size
     try:
         with silence():
@@ -118,10 +117,7 @@ def try_one(path: Path, load: Callable = shards.Shards) -> str | None:
             return f"a message that is not one line about the file: {error!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    if seconds > SECOND:
-        return f"took {seconds:.1f} s"
-    return f"took {grown / 1024:.0f} MB" if grown * 1024 > MEMORY else None
+    return cost.too_much(MEMORY)
 
 
 def main(seconds: float = 60.0, seed: int = 0, cases: int = sys.maxsize) -> int:
